@@ -1,0 +1,116 @@
+"""Eagle, RWKV-5.2 (and 5.1, 5.0): time mixing and channel mixing (paper section 4.1, equations 3-13).
+
+With a_t the normalised input and a_{t-1} the one before it:
+
+    x_i     = a_t * mix_i + a_{t-1} * (1 - mix_i)                 i = k, v, r, g; the paper's mu_i is 1 - mix_i
+    r, k, v, g = x_r W_r, x_k W_k, x_v W_v, x_g W_g
+    w       = exp(-exp(omega))                                    one decay per channel, the same at every token
+    y_t     = r_t (S_{t-1} + diag(u) k_t^T v_t)                   S_t = diag(w) S_{t-1} + k_t^T v_t
+    o_t     = (SiLU(g_t) * GroupNorm(y_t)) W_o
+
+5.1 has one decay and one bonus per head: the loader repeats them over the channels, which is exact. 5.0 also lacks the
+gate: config.gate is False and o_t = GroupNorm(y_t) W_o.
+
+Owns: these equations, the official names of their parameters, and their initial values.
+Refuses to know: where tokens come from, how the recurrence is computed, where the state is kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from roost.config import ModelConfig
+from roost.models.finch import projections, widen
+from roost.models.parts import (
+    Init, depth, empty, fill, group_norm, linear, precise, ramp, token_shift, unit_ramp, zigzag,
+)  # fmt: skip
+from roost.ops import wkv
+
+
+class TimeMix(nn.Module):
+    """Time mixing of one Eagle layer: (x (B,T,D), last input (B,D), S (B,H,K,V)) -> (o (B,T,D), last input, S)."""
+
+    def __init__(self, config: ModelConfig, layer: int, device: torch.device | str | None, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.config, self.layer = config, layer
+        D, A, H, N = config.n_embd, config.dim_att, config.n_head, config.head_size
+        at = {"device": device, "dtype": dtype}
+        self.time_mix_k = empty(1, 1, D, **at)
+        self.time_mix_v = empty(1, 1, D, **at)
+        self.time_mix_r = empty(1, 1, D, **at)
+        if config.gate:
+            self.time_mix_g = empty(1, 1, D, **at)
+        self.time_decay = empty(H, N, **at)
+        self.time_faaaa = empty(H, N, **at)
+        if config.time_state:
+            self.time_state = empty(H, N, N, **at)  # [value, key]
+        self.receptance = linear(D, A, device, dtype)
+        self.key = linear(D, A, device, dtype)
+        self.value = linear(D, A, device, dtype)
+        self.output = linear(A, D, device, dtype)
+        if config.gate:
+            self.gate = linear(D, A, device, dtype)
+        self.ln_x = nn.GroupNorm(H, A, eps=config.group_norm_eps, **at)
+
+    def forward(
+        self, x: Tensor, last: Tensor, S: Tensor, offsets: Sequence[int] | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        previous, last = token_shift(x, last, offsets)
+        heads = (self.config.n_head, self.config.head_size)
+        r = self.receptance(torch.lerp(previous, x, self.time_mix_r)).unflatten(-1, heads)  # (B, T, H, K)
+        k = self.key(torch.lerp(previous, x, self.time_mix_k)).unflatten(-1, heads)
+        v = self.value(torch.lerp(previous, x, self.time_mix_v)).unflatten(-1, heads)
+        log_w = -torch.exp(precise(self.time_decay).clamp(max=10.0))  # (H, K); beyond 10 the decay is exactly 0 already
+        u = self.time_faaaa  # (H, K) bonus for the current token
+        y, S = wkv(r, k, v, log_w, u, S, cu_seqlens=offsets)
+        o = group_norm(y.flatten(-2), self.ln_x).to(r.dtype)
+        if self.config.gate:
+            o = o * F.silu(self.gate(torch.lerp(previous, x, self.time_mix_g)))
+        return self.output(o), last, S
+
+    def initialise(self, init: Init, generator: torch.Generator) -> None:
+        """Set every parameter by the named rule."""
+        rho0, rho1 = depth(self.layer, self.config.n_layer)
+        D, A = self.config.n_embd, self.config.dim_att
+        d, i = ramp(D), unit_ramp(A)
+        fill(self.time_mix_k, d**rho1)
+        fill(self.time_mix_v, d**rho1 + 0.3 * rho0)
+        fill(self.time_mix_r, d ** (rho1 / 2))
+        if self.config.gate:
+            fill(self.time_mix_g, d ** (rho1 / 2))
+        fill(self.time_decay, -6 + 5 * i ** (0.7 + 1.3 * rho0))
+        fill(self.time_faaaa, rho0 * (1 - i) + 0.1 * (zigzag(A) + (init == "paper")))
+        if self.config.time_state:
+            fill(self.time_state, 0.0)
+        projections(self, init, generator)
+
+
+class ChannelMix(nn.Module):
+    """Channel mixing (equations 10-13): k' = max(x_k W_k, 0)^2 W_v gated by sigmoid(x_r W_r); the same in Dove."""
+
+    def __init__(self, config: ModelConfig, layer: int, device: torch.device | str | None, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.config, self.layer = config, layer
+        D, width = config.n_embd, config.dim_ffn
+        self.time_mix_k = empty(1, 1, D, device=device, dtype=dtype)
+        self.time_mix_r = empty(1, 1, D, device=device, dtype=dtype)
+        self.key = linear(D, width, device, dtype)
+        self.receptance = linear(D, D, device, dtype)
+        self.value = linear(width, D, device, dtype)
+
+    def forward(self, x: Tensor, last: Tensor, offsets: Sequence[int] | None = None) -> tuple[Tensor, Tensor]:
+        previous, last = token_shift(x, last, offsets)
+        k = torch.relu(self.key(torch.lerp(previous, x, self.time_mix_k))) ** 2
+        r = torch.sigmoid(self.receptance(torch.lerp(previous, x, self.time_mix_r)))
+        return r * self.value(k), last
+
+    def initialise(self, init: Init, generator: torch.Generator) -> None:
+        """Set every parameter by the named rule."""
+        _, rho1 = depth(self.layer, self.config.n_layer)
+        for mix in (self.time_mix_k, self.time_mix_r):
+            fill(mix, ramp(self.config.n_embd) ** rho1)
+        widen(self, init, generator)

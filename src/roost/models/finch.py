@@ -1,0 +1,161 @@
+"""Finch, RWKV-6 "x060": time mixing and channel mixing (paper section 4.2, equations 14-22 and 10-13).
+
+With a_t the normalised input, a_{t-1} the one before it, and delta = a_{t-1} - a_t:
+
+    z       = a_t + delta * mu_x
+    x_i     = a_t + delta * (lambda_i + tanh(z A_i) B_i)          i = w, k, v, r, g       the data-dependent lerp
+    r, k, v, g = x_r W_r, x_k W_k, x_v W_v, x_g W_g
+    w_t     = exp(-exp(lambda_d + tanh(x_w A_d) B_d))             one decay per token and channel
+    y_t     = r_t (S_{t-1} + diag(u) k_t^T v_t)                   S_t = diag(w_t) S_{t-1} + k_t^T v_t
+    o_t     = (SiLU(g_t) * GroupNorm(y_t)) W_o
+
+Owns: these equations, the official names of their parameters, and their initial values.
+Refuses to know: where tokens come from, how the recurrence is computed, where the state is kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from roost.config import ModelConfig
+from roost.models.parts import (
+    Init, depth, empty, fill, group_norm, linear, orthogonal, precise, ramp, token_shift, uniform, unit_ramp, widening,
+    zigzag,
+)  # fmt: skip
+from roost.ops import wkv
+
+
+class TimeMix(nn.Module):
+    """Time mixing of one Finch layer: (x (B,T,D), last input (B,D), S (B,H,K,V)) -> (o (B,T,D), last input, S)."""
+
+    def __init__(self, config: ModelConfig, layer: int, device: torch.device | str | None, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.config, self.layer = config, layer
+        D, A, H, N = config.n_embd, config.dim_att, config.n_head, config.head_size
+        at = {"device": device, "dtype": dtype}
+        self.time_maa_x = empty(1, 1, D, **at)
+        self.time_maa_w = empty(1, 1, D, **at)
+        self.time_maa_k = empty(1, 1, D, **at)
+        self.time_maa_v = empty(1, 1, D, **at)
+        self.time_maa_r = empty(1, 1, D, **at)
+        self.time_maa_g = empty(1, 1, D, **at)
+        self.time_maa_w1 = empty(D, 5 * config.shift_rank, **at)  # columns in the order w, k, v, r, g
+        self.time_maa_w2 = empty(5, config.shift_rank, D, **at)
+        self.time_decay = empty(1, 1, A, **at)
+        self.time_decay_w1 = empty(D, config.decay_rank, **at)
+        self.time_decay_w2 = empty(config.decay_rank, A, **at)
+        self.time_faaaa = empty(H, N, **at)
+        if config.time_state:
+            self.time_state = empty(H, N, N, **at)  # [value, key]
+        self.receptance = linear(D, A, device, dtype)
+        self.key = linear(D, A, device, dtype)
+        self.value = linear(D, A, device, dtype)
+        self.output = linear(A, D, device, dtype)
+        self.gate = linear(D, A, device, dtype)
+        self.ln_x = nn.GroupNorm(H, A, eps=config.group_norm_eps, **at)
+
+    def forward(
+        self, x: Tensor, last: Tensor, S: Tensor, offsets: Sequence[int] | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        previous, last = token_shift(x, last, offsets)
+        delta = previous - x
+        z = x + delta * self.time_maa_x
+        low = torch.tanh(z @ self.time_maa_w1).unflatten(-1, (5, -1))  # (B, T, 5, Rm)
+        m = torch.einsum("btir,ird->ibtd", low, self.time_maa_w2)
+        lambdas = (self.time_maa_w, self.time_maa_k, self.time_maa_v, self.time_maa_r, self.time_maa_g)
+        x_w, x_k, x_v, x_r, x_g = (x + delta * (lam + m_i) for lam, m_i in zip(lambdas, m, strict=True))
+
+        heads = (self.config.n_head, self.config.head_size)
+        r = self.receptance(x_r).unflatten(-1, heads)  # (B, T, H, K)
+        k = self.key(x_k).unflatten(-1, heads)
+        v = self.value(x_v).unflatten(-1, heads)
+        g = self.gate(x_g)
+        u = self.time_faaaa  # (H, K) bonus for the current token
+        y, S = wkv(r, k, v, self.log_decay(x_w).unflatten(-1, heads), u, S, cu_seqlens=offsets)
+        o = self.output(group_norm(y.flatten(-2), self.ln_x).to(g.dtype) * F.silu(g))
+        return o, last, S
+
+    def log_decay(self, x_w: Tensor) -> Tensor:
+        """log w = -exp(d), (B, T, A) <= 0 in fp32; beyond d = 10 the decay is exactly 0 already, so d is bounded there."""
+        with torch.autocast(x_w.device.type, enabled=False):
+            low = torch.tanh(precise(x_w) @ precise(self.time_decay_w1))
+            d = precise(self.time_decay) + low @ precise(self.time_decay_w2)
+        return -torch.exp(d.clamp(max=10.0))
+
+    def initialise(self, init: Init, generator: torch.Generator) -> None:
+        """Set every parameter by the named rule."""
+        rho0, rho1 = depth(self.layer, self.config.n_layer)
+        D, A = self.config.n_embd, self.config.dim_att
+        d, i = ramp(D), unit_ramp(A)
+        for maa in (self.time_maa_x, self.time_maa_w, self.time_maa_k):
+            fill(maa, 1 - d**rho1)
+        fill(self.time_maa_v, 1 - d**rho1 - 0.3 * rho0)
+        for maa in (self.time_maa_r, self.time_maa_g):
+            fill(maa, 1 - d ** (rho1 / 2))
+        for first, second in ((self.time_maa_w1, self.time_maa_w2), (self.time_decay_w1, self.time_decay_w2)):
+            uniform(first, 0.0 if init == "current" else 1e-4, generator)
+            uniform(second, 0.01 if init == "current" else 1e-4, generator)
+        fill(self.time_decay, -6 + 5 * i ** (0.7 + 1.3 * rho0))
+        fill(self.time_faaaa, rho0 * (1 - i) + 0.1 * (zigzag(A) + (init == "paper")))
+        if self.config.time_state:
+            fill(self.time_state, 0.0)
+        projections(self, init, generator)
+
+
+def projections(mix: nn.Module, init: Init, generator: torch.Generator) -> None:
+    """Initial matrices of time mixing and its group norm, the same for Eagle and Finch."""
+    rho_layer = (1 + mix.layer) / mix.config.n_layer
+    for name in ("receptance", "key", "value", "gate"):
+        if not hasattr(mix, name):
+            continue
+        weight: Tensor = getattr(mix, name).weight
+        if init == "paper":
+            uniform(weight, weight.shape[1] ** -0.5, generator)
+        elif init == "legacy":
+            orthogonal(weight, widening(weight), generator)
+        else:
+            orthogonal(weight, 0.1 if name in ("key", "gate") else 1.0, generator)
+    fill(mix.output.weight, 0.0)
+    fill(mix.ln_x.weight, rho_layer**0.7)
+    fill(mix.ln_x.bias, 0.0)
+
+
+class ChannelMix(nn.Module):
+    """Channel mixing (equations 10-13): k' = max(x_k W_k, 0)^2 W_v gated by sigmoid(x_r W_r); static token shift."""
+
+    def __init__(self, config: ModelConfig, layer: int, device: torch.device | str | None, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.config, self.layer = config, layer
+        D, width = config.n_embd, config.dim_ffn
+        self.time_maa_k = empty(1, 1, D, device=device, dtype=dtype)
+        self.time_maa_r = empty(1, 1, D, device=device, dtype=dtype)
+        self.key = linear(D, width, device, dtype)
+        self.receptance = linear(D, D, device, dtype)
+        self.value = linear(width, D, device, dtype)
+
+    def forward(self, x: Tensor, last: Tensor, offsets: Sequence[int] | None = None) -> tuple[Tensor, Tensor]:
+        previous, last = token_shift(x, last, offsets)
+        delta = previous - x
+        k = torch.relu(self.key(x + delta * self.time_maa_k)) ** 2
+        r = torch.sigmoid(self.receptance(x + delta * self.time_maa_r))
+        return r * self.value(k), last
+
+    def initialise(self, init: Init, generator: torch.Generator) -> None:
+        """Set every parameter by the named rule."""
+        _, rho1 = depth(self.layer, self.config.n_layer)
+        for maa in (self.time_maa_k, self.time_maa_r):
+            fill(maa, 1 - ramp(self.config.n_embd) ** (rho1**3 if init == "current" else rho1))
+        widen(self, init, generator)
+
+
+def widen(mix: nn.Module, init: Init, generator: torch.Generator) -> None:
+    """Initial matrices of channel mixing, the same for Eagle and Finch."""
+    weight: Tensor = mix.key.weight
+    gain = {"current": 1.0, "legacy": widening(weight), "paper": widening(weight) ** 2}[init]
+    orthogonal(weight, gain, generator)
+    fill(mix.value.weight, 0.0)
+    fill(mix.receptance.weight, 0.0)

@@ -1,0 +1,237 @@
+"""The skeleton all generations share: training, prefill and decoding are one function (tokens, state) -> (logits, state).
+
+    x = LN0(Emb[token])
+    x = x + TimeMix(LN1(x));  x = x + ChannelMix(LN2(x))          for every block
+    logits = Head(LN_out(x))                                      (paper section 3, figure 10)
+
+Owns: this order, the checks of what goes in, and the model's own file.
+Refuses to know: the equations inside the mixers, and every foreign format.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import astuple
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from roost.config import ModelConfig
+from roost.files import replacing
+from roost.models import dove, eagle, finch
+from roost.models.parts import Init, fill, orthogonal, uniform
+from roost.state import LayerState, State
+
+LAYER_NORM_EPS = 1e-5
+
+
+class Block(nn.Module):
+    """One layer: time mixing and channel mixing on the residual stream; block 0 also holds LN0."""
+
+    def __init__(self, config: ModelConfig, layer: int, device: torch.device | str | None, dtype: torch.dtype) -> None:
+        super().__init__()
+
+        def norm() -> nn.LayerNorm:
+            return nn.LayerNorm(config.n_embd, eps=LAYER_NORM_EPS, device=device, dtype=dtype)
+
+        generation = {"dove": dove, "eagle": eagle, "finch": finch}[config.generation]
+        self.ln1, self.ln2 = norm(), norm()
+        if layer == 0:
+            self.ln0 = norm()
+        self.att = generation.TimeMix(config, layer, device, dtype)
+        self.ffn = generation.ChannelMix(config, layer, device, dtype)
+
+    def forward(self, x: Tensor, state: LayerState, offsets: Sequence[int] | None = None) -> tuple[Tensor, LayerState]:
+        """x (B, T, D) and the layer's state -> the same after this layer."""
+        att, att_shift, wkv = self.att(self.ln1(x), state.att_shift, state.wkv, offsets)
+        x = x + att
+        ffn, ffn_shift = self.ffn(self.ln2(x), state.ffn_shift, offsets)
+        return x + ffn, LayerState(att_shift, wkv, ffn_shift)
+
+
+class RWKV(nn.Module):
+    """A Dove, Eagle or Finch network with fresh weights; `roost.load` makes one from a file.
+
+    init "current" (RWKV-LM today), "legacy" (early 2024) or "paper" (appendix I); `seed` decides every draw. On
+    device "meta" nothing is initialised. Parameter names and shapes are those of official checkpoints.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        init: Init = "current",
+        seed: int = 0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        super().__init__()
+        if init not in ("current", "legacy", "paper"):
+            raise ValueError(f"init is {init!r}; it must be 'current', 'legacy' or 'paper'")
+        self.config = config
+        self.fingerprint = ""
+        self.emb = nn.utils.skip_init(
+            nn.Embedding, config.vocab_size, config.n_embd, device=device or "cpu", dtype=dtype
+        )
+        self.blocks = nn.ModuleList(Block(config, layer, device, dtype) for layer in range(config.n_layer))
+        self.ln_out = nn.LayerNorm(config.n_embd, eps=LAYER_NORM_EPS, device=device, dtype=dtype)
+        self.head = finch.linear(config.n_embd, config.vocab_size, device, dtype)
+        if self.device.type != "meta":
+            self._initialise(init, torch.Generator().manual_seed(seed))
+
+    def _initialise(self, init: Init, generator: torch.Generator) -> None:
+        V, D = self.config.vocab_size, self.config.n_embd
+        uniform(self.emb.weight, 1e-4 if init == "current" else 4e-4, generator)
+        for module in self.modules():
+            if isinstance(module, nn.LayerNorm):
+                fill(module.weight, 1.0)
+                fill(module.bias, 0.0)
+        for block in self.blocks:
+            block.att.initialise(init, generator)
+            block.ffn.initialise(init, generator)
+        gain = {"current": max(1.0, V / D) ** 0.5, "legacy": (V / D) ** 0.5, "paper": 1.0}[init]
+        orthogonal(self.head.weight, 0.5 * gain, generator)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.emb.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the weights and of the residual stream."""
+        return self.emb.weight.dtype
+
+    def initial_state(self, batch: int = 1) -> State:
+        """The state before the first token: zeros, or the tuned `time_state` when the weights hold one."""
+        state = State.zeros(self.config, batch, self.device, self.dtype, self.fingerprint)
+        if not self.config.time_state:
+            return state
+        layers = [
+            layer._replace(wkv=block.att.time_state.mT.to(layer.wkv.dtype).expand_as(layer.wkv).clone())
+            for block, layer in zip(self.blocks, state.layers, strict=True)
+        ]
+        return state._replace(layers=tuple(layers))
+
+    def forward(
+        self,
+        tokens: Int[Tensor, "B T"] | None = None,
+        state: State | None = None,
+        *,
+        embeddings: Float[Tensor, "B T D"] | None = None,
+        cu_seqlens: Int[Tensor, " offsets"] | Sequence[int] | None = None,
+        last_only: bool = False,
+    ) -> tuple[Float[Tensor, "B t V"], State]:
+        """Read T tokens of B sequences: T = 1 is decoding, T large is prefill or training.
+
+        tokens      (B, T) ids, or embeddings (B, T, D) in their place (they still pass LN0)
+        state       of B rows, never changed; None = `initial_state`
+        cu_seqlens  n + 1 offsets with B = 1: n documents packed in one row, nothing leaks between them, state of n rows
+        last_only   logits of the last position (of every document) only
+
+        Returns logits (B, T, V) (last_only: (B, 1, V), with cu_seqlens (1, n, V)) and the state after the last token.
+        Raises ValueError for ids out of range, wrong shapes, or a state of another model.
+        """
+        x = self._embed(tokens, embeddings)
+        B, T = x.shape[:2]
+        offsets = None if cu_seqlens is None else _offsets(cu_seqlens, B, T)
+        rows = B if offsets is None else len(offsets) - 1
+        if state is None:
+            state = self.initial_state(rows)
+        else:
+            self._check_state(state, rows)
+        if last_only and (T == 0 or offsets is not None and any(a == b for a, b in pairwise(offsets))):
+            raise ValueError("last_only needs at least one token in every sequence")
+
+        layers: list[LayerState] = []
+        x = self.blocks[0].ln0(x)
+        for block, layer in zip(self.blocks, state.layers, strict=True):
+            x, layer = block(x, layer, offsets)
+            layers.append(layer)
+        if last_only:
+            x = x[:, -1:] if offsets is None else x[:, [end - 1 for end in offsets[1:]]]
+        lengths = [T] * B if offsets is None else [b - a for a, b in pairwise(offsets)]
+        tokens_read = tuple(n + length for n, length in zip(state.tokens, lengths, strict=True))
+        return self.head(self.ln_out(x)), State(tuple(layers), tokens_read, state.fingerprint or self.fingerprint)
+
+    def _embed(self, tokens: Tensor | None, embeddings: Tensor | None) -> Tensor:
+        if (tokens is None) == (embeddings is None):
+            raise ValueError("give either tokens or embeddings")
+        if embeddings is not None:
+            if embeddings.dim() != 3 or embeddings.shape[-1] != self.config.n_embd:
+                raise ValueError(f"embeddings are {tuple(embeddings.shape)}; they must be (B, T, {self.config.n_embd})")
+            return embeddings.to(self.dtype)
+        assert tokens is not None
+        if tokens.dim() != 2 or tokens.is_floating_point() or tokens.dtype == torch.bool:
+            raise ValueError(f"tokens are {tokens.dtype} {tuple(tokens.shape)}; they must be integers of shape (B, T)")
+        if tokens.device.type == "cpu" and tokens.numel() and not torch.compiler.is_compiling():
+            low, high = (int(x) for x in tokens.aminmax())
+            if low < 0 or high >= self.config.vocab_size:
+                raise ValueError(f"token id {low if low < 0 else high} is outside 0..{self.config.vocab_size - 1}")
+        return F.embedding(tokens.long(), self.emb.weight)
+
+    def _check_state(self, state: State, rows: int) -> None:
+        if state.fingerprint and self.fingerprint and state.fingerprint != self.fingerprint:
+            raise ValueError(
+                f"this state was made by another model (fingerprint {state.fingerprint[:12]}, this one is"
+                f" {self.fingerprint[:12]}): read the text again with this model"
+            )
+        if state.batch != rows:
+            raise ValueError(f"the state has {state.batch} row(s), the input {rows}")
+        expected = State.zeros(self.config, rows, "meta").layers
+        shapes = [[tuple(t.shape) for t in layer] for layer in state.layers]
+        if shapes != [[tuple(t.shape) for t in layer] for layer in expected]:
+            raise ValueError("this state does not fit the model: its layers have other sizes")
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the weights with their official names: `.pth` (RWKV-LM's state dict) or `.safetensors`; atomic.
+
+        Raises ValueError for another ending or a missing directory; an old file survives any failure.
+        """
+        save_weights(self.state_dict(), path)
+        self.fingerprint = fingerprint_of(self.config, self.state_dict())
+
+
+def save_weights(weights: Mapping[str, Tensor], path: str | os.PathLike[str]) -> None:
+    """Write official names to `.pth` or `.safetensors`, in the trainer's key order, through a temporary file."""
+    tensors = {name: value.detach().cpu().contiguous() for name, value in weights.items()}
+    ending = Path(path).suffix
+    if ending not in (".pth", ".safetensors"):
+        raise ValueError(f"cannot save to {path}: the name must end in .pth or .safetensors")
+    with replacing(path) as temporary:
+        if ending == ".pth":
+            torch.save(tensors, temporary)
+        else:
+            from safetensors.torch import save_file
+
+            save_file(tensors, temporary, {"format": "pt"})
+
+
+def fingerprint_of(config: ModelConfig, weights: Mapping[str, Tensor]) -> str:
+    """64 hex digits that tell one set of weights from another, the same in fp32 and bf16 and in every file format.
+
+    Hashes the sizes and 64 evenly spaced elements of every tensor, rounded to bf16: two models that differ only
+    elsewhere are not told apart, and a 3 GB file need not be read.
+    """
+    digest = hashlib.sha256(repr(astuple(config)).encode())
+    for name in sorted(weights):
+        flat = weights[name].detach().reshape(-1)
+        step = max(1, flat.numel() // 64)
+        sample = flat[::step][:64].to("cpu", torch.bfloat16)
+        digest.update(name.encode())
+        digest.update(sample.contiguous().view(torch.uint8).numpy().tobytes() if sample.numel() else b"")
+    return digest.hexdigest()
+
+
+def _offsets(cu_seqlens: Tensor | Sequence[int], B: int, T: int) -> list[int]:
+    offsets = [int(x) for x in (cu_seqlens.tolist() if isinstance(cu_seqlens, Tensor) else cu_seqlens)]
+    rising = bool(offsets) and offsets[0] == 0 and offsets[-1] == T and all(b >= a for a, b in pairwise(offsets))
+    if B != 1 or not rising:
+        raise ValueError(f"cu_seqlens {offsets} must rise from 0 to T = {T}, and B = {B} must be 1")
+    return offsets

@@ -1,0 +1,1 @@
+../src/roost/evaluation/oracle.py
