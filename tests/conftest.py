@@ -13,9 +13,15 @@ from typing import Any
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
-from jaxtyping import install_import_hook
+from jaxtyping import config, install_import_hook
 
-install_import_hook("roost", "beartype.beartype")
+
+def _checked(module: str) -> bool:
+    """All of roost but the operators' registration: torch reads their signatures from the bare functions."""
+    return module.split(".")[0] == "roost" and module != "roost.ops.library"
+
+
+install_import_hook("roost", "beartype.beartype").hook.should_instrument = _checked
 
 settings.register_profile("roost", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.register_profile("roost-ci", settings.get_profile("roost"), derandomize=True, database=None)
@@ -28,6 +34,14 @@ def strict_torch() -> None:
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = True
+
+
+@pytest.fixture
+def unchecked() -> Iterator[None]:
+    """Annotations are not checked: for `torch.compile`, which cannot trace through the checker."""
+    config.update("jaxtyping_disable", True)
+    yield
+    config.update("jaxtyping_disable", False)
 
 
 @pytest.fixture(autouse=True, scope="session")

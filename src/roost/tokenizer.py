@@ -13,7 +13,7 @@ import codecs
 import difflib
 import hashlib
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from functools import cached_property
 from itertools import accumulate, chain, pairwise
 from operator import index
@@ -251,20 +251,21 @@ class _Units(dict[bytes, tuple[int, ...]]):
         """Greedy longest match: the lengths that tokens with these first two bytes have, longest first."""
         ids, lengths = self.ids, self._lengths
         matched: list[int] = []
-        start = 0
-        while start < len(data):
+        start, end = 0, len(data)
+        while start < end:
             for length in lengths.get(data[start : start + 2], ()):
-                token = data[start : start + length]
-                if len(token) == length and token in ids:
+                stop = start + length
+                if stop <= end and (number := ids.get(data[start:stop])) is not None:
                     break
             else:
-                token = data[start : start + 1]
-            matched.append(ids[token])
-            start += len(token)
+                stop = start + 1
+                number = ids[data[start:stop]]
+            matched.append(number)
+            start = stop
         return matched
 
 
-def _hard_pairs(tokens: Iterable[bytes]) -> NDArray[np.bool_]:
+def _hard_pairs(tokens: Collection[bytes]) -> NDArray[np.bool_]:
     """(65536,) indexed by 256 * left + right: True when these bytes are adjacent inside no token."""
     data = np.frombuffer(b"".join(tokens), np.uint8).astype(np.uint16)
     inside = np.ones(len(data), np.bool_)

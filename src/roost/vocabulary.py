@@ -1,14 +1,15 @@
 """Vocabularies as files: the official one as it ships, and the text form that everybody exchanges.
 
 Owns: what makes a vocabulary usable (ids from 1, tokens not empty and all different, a token for each single byte), and
-the text form: lines "ID LITERAL BYTES", the literal a Python str (its UTF-8 is the token) or bytes where the token is not
-valid UTF-8. Literals are unescaped by a parser that knows only the escapes which `repr` writes; nothing is evaluated.
+the text form: lines "ID LITERAL BYTES", the literal a Python str (its UTF-8 is the token), or bytes where the token is
+not valid UTF-8. Literals are unescaped by a parser that knows only the escapes which `repr` writes; nothing is evaluated.
 Refuses to know: how text is matched.
 """
 
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -23,7 +24,7 @@ _ESCAPED = {"\\": "\\", "'": "'", '"': '"', "n": "\n", "r": "\r", "t": "\t"}
 def official() -> dict[int, bytes]:
     """id -> bytes of rwkv_vocab_v20230424: 65,529 tokens, ids from 1 in the order of (length, bytes).
 
-    Packed: u16 number of lengths, u16 tokens of length 1, 2, ..., then the bytes of all tokens in the order of their ids.
+    Packed: u16 number of lengths, u16 tokens of length 1, 2, ..., then the bytes of all tokens in the order of ids.
     """
     import lzma
     from importlib.resources import files
@@ -82,7 +83,7 @@ def read(path: Path) -> dict[int, bytes]:
 
 def _parse_line(line: str) -> tuple[int, bytes]:
     fields = _LINE.fullmatch(line)
-    if fields is None:
+    if fields is None or (fields[2] and not line.isascii()):
         raise ValueError(f"{line[:80]!r} is not of the form ID 'TOKEN' BYTES")
     id, is_bytes, quoted, length = fields.groups()
     text = _ESCAPE.sub(_unescape, quoted[1:-1]) if "\\" in quoted else quoted[1:-1]
@@ -96,8 +97,9 @@ def _parse_line(line: str) -> tuple[int, bytes]:
 
 def _unescape(match: re.Match[str]) -> str:
     two, four, eight, other = match.groups()
-    if other is None:
-        return chr(int(two or four or eight, 16))
-    if other not in _ESCAPED:
-        raise ValueError(f"unknown escape \\{other}")
-    return _ESCAPED[other]
+    if other is not None and other in _ESCAPED:
+        return _ESCAPED[other]
+    code = -1 if other is not None else int(two or four or eight, 16)
+    if not 0 <= code <= sys.maxunicode:
+        raise ValueError(f"unknown escape {match[0]}")
+    return chr(code)

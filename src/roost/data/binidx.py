@@ -12,7 +12,7 @@ import os
 import struct
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -114,7 +114,7 @@ def _read_index(
 
 
 def write_tokens(
-    path: str | os.PathLike[str], documents: Iterable[Sequence[int] | Tokens], *, vocab_size: int = 65536
+    path: str | os.PathLike[str], documents: Iterable[Sequence[int] | NDArray[Any]], *, vocab_size: int = 65536
 ) -> int:
     """Write PREFIX.bin and PREFIX.idx and return the number of tokens, a closing 0 after each document included.
 
@@ -147,7 +147,7 @@ def write_tokens(
     return int(ends[-1])
 
 
-def _checked(document: Sequence[int] | Tokens, vocab_size: int, number: int) -> NDArray[np.int64]:
+def _checked(document: Sequence[int] | NDArray[Any], vocab_size: int, number: int) -> NDArray[np.int64]:
     ids = np.asarray(document)
     if ids.ndim != 1 or (ids.size and ids.dtype.kind not in "iu"):
         raise ValueError(f"document {number} is not a flat sequence of integers (shape {ids.shape}, {ids.dtype})")
@@ -156,4 +156,4 @@ def _checked(document: Sequence[int] | Tokens, vocab_size: int, number: int) -> 
     bad = (ids < 0) | (ids >= vocab_size)
     if bad.any():
         raise ValueError(f"document {number} holds id {ids[bad][0]}, outside the vocabulary of {vocab_size}")
-    return cast("NDArray[np.int64]", ids.astype(np.int64))
+    return ids.astype(np.int64)

@@ -85,7 +85,7 @@ def group_norm(get: Tensors, name: str, y: Array, eps: float) -> Array:
     """Each head normalised alone, biased variance, weight and bias per channel; (T, h, N) -> (T, A)."""
     centred = y - y.mean(axis=-1, keepdims=True)
     variance = (centred**2).mean(axis=-1, keepdims=True)
-    flat = (centred / np.sqrt(variance + eps)).reshape(y.shape[0], -1)
+    flat = (centred / np.sqrt(variance + eps)).reshape(len(y), y.shape[1] * y.shape[2])
     return flat * get(f"{name}.weight") + get(f"{name}.bias")
 
 
@@ -110,8 +110,8 @@ def wkv_heads(r: Array, k: Array, v: Array, w: Array, u: Array, start: Array) ->
     for t in range(r.shape[0]):
         for head in range(r.shape[1]):
             outer = np.outer(k[t, head], v[t, head])
-            y[t, head] = r[t, head] @ (state[head] + np.diag(u[head]) @ outer)
-            state[head] = np.diag(w[t, head]) @ state[head] + outer
+            y[t, head] = r[t, head] @ (state[head] + u[head][:, None] * outer)
+            state[head] = w[t, head][:, None] * state[head] + outer
     return y, state
 
 
@@ -192,10 +192,8 @@ def time_mix_6(get: Tensors, att: str, a: Array, state: LayerState, eps: float) 
     k = shifted["k"] @ get(f"{att}.key.weight").T
     v = shifted["v"] @ get(f"{att}.value.weight").T
     g = shifted["g"] @ get(f"{att}.gate.weight").T
-    d = get.vector(f"{att}.time_decay") + np.tanh(shifted["w"] @ get(f"{att}.time_decay_w1")) @ get(
-        f"{att}.time_decay_w2"
-    )
-    w = np.exp(-np.exp(d))
+    low = np.tanh(shifted["w"] @ get(f"{att}.time_decay_w1"))
+    w = np.exp(-np.exp(get.vector(f"{att}.time_decay") + low @ get(f"{att}.time_decay_w2")))
     h, N = state["wkv"].shape[:2]
     y, wkv = wkv_heads(
         r.reshape(-1, h, N),
@@ -224,6 +222,26 @@ def channel_mix(get: Tensors, ffn: str, a: Array, carried: Array) -> Array:
     return sigmoid(r) * (np.maximum(k, 0) ** 2 @ get(f"{ffn}.value.weight").T)
 
 
+def block(get: Tensors, i: int, x: Array, layer: LayerState, eps: float, say: Trace) -> tuple[Array, LayerState]:
+    """x + TimeMix(LN1(x)), then x + ChannelMix(LN2(x)): the residual stream (T, D) and the block's state."""
+    name, version = f"blocks.{i}", generation(get.weights)
+    a = layer_norm(get, f"{name}.ln1", x)
+    if version == 4:
+        out, carried = time_mix_4(get, f"{name}.att", a, layer)
+    elif version == 5:
+        out, carried = time_mix_5(get, f"{name}.att", a, layer, eps)
+    else:
+        out, carried = time_mix_6(get, f"{name}.att", a, layer, eps)
+    say(f"{name}.att", out)
+    x = x + out
+    b = layer_norm(get, f"{name}.ln2", x)
+    out = channel_mix(get, f"{name}.ffn", b, layer["ffn_shift"])
+    say(f"{name}.ffn", out)
+    x = x + out
+    say(name, x)
+    return x, {"att_shift": last(a, layer["att_shift"]), "ffn_shift": last(b, layer["ffn_shift"]), **carried}
+
+
 def initial_state(weights: Mapping[str, NDArray[Any]]) -> list[LayerState]:
     """The state before the first token: zeros, or the checkpoint's `time_state` ([h, value, key], transposed here)."""
     return _initial_state(Tensors(weights))
@@ -237,7 +255,7 @@ def _initial_state(get: Tensors) -> list[LayerState]:
     for i in range(layers):
         att = f"blocks.{i}.att"
         A = get.raw(f"{att}.key.weight").shape[0]
-        state = {"att_shift": np.zeros(D), "ffn_shift": np.zeros(D)}
+        state: LayerState = {"att_shift": np.zeros(D), "ffn_shift": np.zeros(D)}
         if version == 4:
             state |= {"aa": np.zeros(A), "bb": np.zeros(A), "pp": np.full(A, -1e30)}
         else:
@@ -259,8 +277,8 @@ def forward(
 ) -> tuple[Array, list[LayerState]]:
     """Logits of every token, float64 (T, V), and the state after the last one.
 
-    weights         official checkpoint names and raw shapes (checkpoints.md section 2), any float dtype; version and
-                    sizes are read from them, each tensor becomes float64 only while its layer runs
+    weights         official checkpoint names and shapes as stored, any float dtype; version and sizes are read from
+                    them, each tensor becomes float64 only while its layer runs
     tokens          T >= 0 ids below V
     state           what an earlier call returned (see `LayerState`), never changed; None = `initial_state(weights)`
     group_norm_eps  64e-5 for every real checkpoint of RWKV-5 and 6; RWKV-4 has no group norm
@@ -286,31 +304,17 @@ def forward(
     say("emb", x)
     x = layer_norm(get, "blocks.0.ln0", x)
     say("ln0", x)
-    version = generation(weights)
     for i, layer in enumerate(states):
-        block = f"blocks.{i}"
-        a = layer_norm(get, f"{block}.ln1", x)
-        if version == 4:
-            out, carried = time_mix_4(get, f"{block}.att", a, layer)
-        elif version == 5:
-            out, carried = time_mix_5(get, f"{block}.att", a, layer, group_norm_eps)
-        else:
-            out, carried = time_mix_6(get, f"{block}.att", a, layer, group_norm_eps)
-        say(f"{block}.att", out)
-        x = x + out
-        b = layer_norm(get, f"{block}.ln2", x)
-        out = channel_mix(get, f"{block}.ffn", b, layer["ffn_shift"])
-        say(f"{block}.ffn", out)
-        x = x + out
-        say(block, x)
-        states[i] = {"att_shift": last(a, layer["att_shift"]), "ffn_shift": last(b, layer["ffn_shift"]), **carried}
+        x, states[i] = block(get, i, x, layer, group_norm_eps, say)
     x = layer_norm(get, "ln_out", x)
     say("ln_out", x)
     head = get.raw("head.weight")
     rows = range(0, len(head), HEAD_ROWS)
     logits = np.concatenate([x @ np.asarray(head[n : n + HEAD_ROWS], dtype=np.float64).T for n in rows], axis=1)
     say("logits", logits)
-    unread = sorted(set(weights) - get.read)
+    unread = ", ".join(sorted(set(weights) - get.read))
     if unread:
-        raise ValueError(f"no equation of RWKV-{version} reads {', '.join(unread)}: not a checkpoint the oracle knows")
+        raise ValueError(
+            f"no equation of RWKV-{generation(weights)} reads {unread}; the oracle does not know this model"
+        )
     return logits, states

@@ -1,0 +1,66 @@
+"""Training batches from a token file.
+
+Owns: the order of windows. The stream is read as one sequence; window i is tokens [i ctx, i ctx + ctx], so
+neighbours share one token and every token but the first is a target exactly once. Sample k = step batch + row lies
+in epoch k // windows, at place k % windows of that epoch's permutation, which is a function of (seed, epoch) alone:
+the position of a run is the integer `step`, and nothing else need be saved to resume it.
+Refuses to know: documents (a 0 closes each, the state is not reset there, as in RWKV-LM), models, devices.
+"""
+
+from __future__ import annotations
+
+import os
+
+import numpy as np
+import torch
+from jaxtyping import Int64
+from numpy.typing import NDArray
+from torch import Tensor
+
+from roost.data.binidx import TokenFile
+
+
+class TokenLoader:
+    """Batches of windows from a token file, as a function of the step.
+
+    path   the file (see TokenFile)
+    ctx    tokens a row
+    batch  rows a batch
+    seed   of the order, 0 <= seed < 2**64
+
+    `windows` is the number of windows, visited once an epoch. An epoch's order is held in memory (8 bytes a window).
+    Raises ValueError when a number is out of range or the file has fewer than ctx + 1 tokens.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], ctx: int, batch: int, *, seed: int = 0) -> None:
+        if ctx < 1 or batch < 1:
+            raise ValueError(f"ctx is {ctx} and batch is {batch}; both must be at least 1")
+        if not 0 <= seed < 2**64:
+            raise ValueError(f"seed is {seed}; it must be at least 0 and below 2**64")
+        self.file = TokenFile(path)
+        self.ctx, self.batch, self.seed = ctx, batch, seed
+        self.windows = (len(self.file) - 1) // ctx
+        if self.windows < 1:
+            raise ValueError(f"{path} has {len(self.file)} tokens; ctx {ctx} needs at least {ctx + 1}: choose less")
+        self._orders: dict[int, NDArray[np.int64]] = {}
+
+    def batch_at(self, step: int) -> tuple[Int64[Tensor, "batch ctx"], Int64[Tensor, "batch ctx"]]:
+        """Inputs and targets of one step, (batch, ctx) int64 each; targets are the inputs moved on by one token.
+
+        Raises ValueError when step is negative.
+        """
+        if step < 0:
+            raise ValueError(f"step is {step}; it must be at least 0")
+        first = step * self.batch
+        starts = [self._window(k) * self.ctx for k in range(first, first + self.batch)]
+        rows = np.stack([self.file.tokens[start : start + self.ctx + 1] for start in starts]).astype(np.int64)
+        tokens = torch.as_tensor(rows)
+        return tokens[:, :-1], tokens[:, 1:]
+
+    def _window(self, sample: int) -> int:
+        epoch, place = divmod(sample, self.windows)
+        if epoch not in self._orders:
+            generator = np.random.Generator(np.random.Philox(key=[self.seed, epoch]))
+            # a batch touches one border between epochs unless the file is tiny; older orders are dropped
+            self._orders = {epoch: generator.permutation(self.windows)}
+        return int(self._orders[epoch][place])

@@ -1,0 +1,444 @@
+"""roost.tokenizer against its vectors, its laws, a naive longest match, and two independent implementations."""
+
+from __future__ import annotations
+
+import codecs
+import hashlib
+import json
+import pickle
+import random
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Iterator, Sequence
+from importlib.resources import files
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from roost.tokenizer import StreamDecoder, WorldTokenizer
+
+WORLD = WorldTokenizer()
+TOKENS = {number: token for number in range(WORLD.vocab_size) if (token := WORLD.token_bytes(number))}
+IDS = {token: number for number, token in TOKENS.items()}
+
+VECTORS: list[tuple[str | bytes, list[int]]] = [
+    ("", []),
+    (
+        "Today is a beautiful day. 今天是美好的一天。",
+        [33520, 4600, 332, 59219, 21509, 47, 33, 10381, 11639, 13091, 15597, 11685, 14734, 10250, 11639, 10080],
+    ),
+    ("User: hi\n\nAssistant:", [24281, 59, 4571, 261, 5585, 41693, 59]),
+    ("\nElon Musk has", [11, 994, 2098, 29435, 21800]),
+    ("1234567", [632, 654, 676, 56]),
+    (" 2024", [3493, 644]),
+    ("000", [620, 49]),
+    (" 00", [3473]),
+    ("🙂", [3319, 2417]),
+    ("é", [2503]),
+    ("€", [9863]),
+    ("👨\u200d👩\u200d👧", [3319, 146, 169, 9810, 3319, 146, 170, 9810, 3319, 146, 168]),
+    (b"\xff", [256]),
+    (b"\x00", [1]),
+    (b"\xe4\xbb", [3028]),
+    (b"\xed\xa0\x80", [238, 161, 129]),
+    (b"\x82\xac", [2412]),
+    ("안녕하세요", [18815, 3266, 150, 19052, 18777, 18862]),
+    ("こんにちは", [10115, 10165, 10136, 10127, 10139]),
+    ("नमस्ते", [9473, 9477, 9484, 9495, 9469, 9492]),
+    ("مرحبا", [2949, 2934, 2930, 2925, 2924]),
+    ("한국어", [43875, 18830]),
+    ("សួស្តី", [9707, 2999, 190, 9707, 9709, 2999, 144, 2999, 185]),
+    (" " * 129, [65529, 33]),
+    ("-" * 81, [65528, 46]),
+    ("xxxxx", [27514, 121]),
+    ("a  b", [98, 267, 99]),
+    (" leading", [52107]),
+    ("a\r\nb", [98, 263, 99]),
+    ("\r\n\r\n", [19244]),
+    ("def f(x):\n    return x+1\n", [7334, 337, 41, 121, 501, 28352, 42178, 355, 44, 50, 11]),
+    ("好。\n\nUser:", [11685, 28329, 11, 24281, 59]),
+    ("ok. \n\nUser:", [2095, 47, 3336, 24281, 59]),
+    ("<|endoftext|>", [61, 125, 25258, 7588, 2318, 125, 63]),
+    ("\ufeff", [19125]),
+    ("\ufffd", [19232]),
+]
+
+
+def greedy(ids: dict[bytes, int], data: bytes) -> list[int]:
+    """Longest match, written as plainly as possible."""
+    longest = max(map(len, ids))
+    found: list[int] = []
+    while data:
+        length = next(n for n in range(min(longest, len(data)), 0, -1) if data[:n] in ids)
+        found.append(ids[data[:length]])
+        data = data[length:]
+    return found
+
+
+def udhr() -> list[dict[str, Any]]:
+    lines = (files("roost") / "assets" / "udhr_subset.jsonl").read_text("utf-8").splitlines()
+    return [json.loads(line) for line in lines]
+
+
+@pytest.mark.parametrize(("text", "ids"), VECTORS, ids=lambda value: ascii(value)[:24])
+def test_vectors(text: str | bytes, ids: list[int]) -> None:
+    data = text.encode() if isinstance(text, str) else text
+    assert WORLD.encode(text) == WORLD.encode(data) == greedy(IDS, data) == ids
+    assert WORLD.decode_bytes(ids) == data
+    assert WORLD.decode(ids) == data.decode("utf-8", "replace")
+    assert all(type(number) is int for number in WORLD.encode(text))
+
+
+def test_corpus_fingerprint_and_tokens_per_language() -> None:
+    counts: dict[str, int] = {}
+    ids: list[int] = []
+    for language in udhr():
+        batch = WORLD.encode_batch(language["articles"])
+        counts[language["code"]] = sum(map(len, batch))
+        for article in batch:
+            ids += [*article, WORLD.eod]
+    assert len(ids) == 685_715
+    digest = hashlib.sha256(np.array(ids, "<u2").tobytes()).hexdigest()
+    assert digest == "3d4f6c0c3b3397a9406bcc97abce8efa9fe7da45d92936ea8852ec6baeff2f88"
+    wanted = {"en": 1547, "zh": 2153, "de": 2691, "ru": 2874, "ja": 2879, "ko": 2417, "ar": 3848, "hi": 7352}
+    wanted |= {"vi": 3615, "th": 6779, "km": 13019, "am": 15220, "chr": 18262, "dv": 27536}
+    assert {code: counts[code] for code in wanted} == wanted
+
+
+def test_every_token_alone_is_its_own_id() -> None:
+    assert WORLD.encode_batch(TOKENS.values()) == [[number] for number in TOKENS]
+    assert list(TOKENS) == list(range(1, 65530))
+
+
+def test_token_pairs_and_byte_pairs_match_the_naive_algorithm() -> None:
+    chosen = random.Random(1).choices(list(TOKENS.values()), k=4000)
+    pairs = [a + b for a, b in zip(chosen[::2], chosen[1::2], strict=True)]
+    pairs += [bytes([a, b]) for a in range(256) for b in range(256)]
+    assert WORLD.encode_batch(pairs) == [greedy(IDS, pair) for pair in pairs]
+
+
+def test_the_hard_pairs_of_the_official_vocabulary() -> None:
+    soft = {token[i : i + 2] for token in TOKENS.values() for i in range(len(token) - 1)}
+    assert len(soft) == 8333
+    pairs = ((bytes([a]), bytes([b])) for a in range(256) for b in range(256))
+    assert all(WORLD.is_boundary(left, right) == (left + right not in soft) for left, right in pairs)
+
+
+def test_boundaries_of_chat_text() -> None:
+    for left, right in [
+        (":", " "),
+        ("\n", "User"),
+        ("\n", "A"),
+        ("ok.", "\n\n"),
+        ("hi", "\n"),
+        ("！", "\n"),
+        ("」", "\n"),
+    ]:
+        assert WORLD.is_boundary(left, right)
+    for left, right in [("。", "\n"), ("…", "\n"), ("，", "\n"), (" ", "\n"), ("\n", "\n"), ("a", "b")]:
+        assert not WORLD.is_boundary(left, right)
+    assert WORLD.is_boundary("", "a") and WORLD.is_boundary(b"a", b"")
+
+
+@given(st.text(), st.text())
+def test_a_boundary_separates(left: str, right: str) -> None:
+    if WORLD.is_boundary(left, right):
+        assert WORLD.encode(left + right) == WORLD.encode(left) + WORLD.encode(right)
+
+
+@settings(deadline=None)
+@given(st.binary(max_size=300) | st.lists(st.sampled_from(list(TOKENS.values())), max_size=20).map(b"".join))
+@example(b"//" + b"-" * 63 + b"//" + b"-" * 64)
+def test_bytes_survive_and_no_token_could_be_longer(data: bytes) -> None:
+    ids = WORLD.encode(data)
+    assert WORLD.decode_bytes(ids) == data
+    assert ids == greedy(IDS, data)
+
+
+@given(st.text())
+def test_text_survives(text: str) -> None:
+    assert WORLD.decode(WORLD.encode(text), "strict") == text
+
+
+@settings(deadline=None)
+@given(st.sets(st.binary(min_size=2, max_size=6) | st.text("ab", min_size=2, max_size=9).map(str.encode)), st.data())
+def test_any_vocabulary_in_any_order(extra: set[bytes], data: st.DataObject) -> None:
+    numbers = data.draw(st.permutations(range(257, 257 + len(extra))))
+    tokens = {byte + 1: bytes([byte]) for byte in range(256)} | dict(zip(numbers, extra, strict=True))
+    tokenizer = WorldTokenizer(tokens)
+    text = data.draw(st.lists(st.sampled_from([*sorted(extra), b"a", b"b", b"\x00"])).map(b"".join))
+    assert tokenizer.encode(text) == greedy({token: number for number, token in tokens.items()}, text)
+
+
+@pytest.mark.parametrize(("window", "kept"), [(1, 1), (7, 3), (64, 100_000)])
+def test_windows_and_a_full_memory_change_nothing(window: int, kept: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = "".join(language["articles"][0] + "\n" + "-" * 200 for language in udhr()[::8])
+    wanted = WORLD.encode(text)
+    monkeypatch.setattr("roost.tokenizer._WINDOW", window)
+    monkeypatch.setattr("roost.tokenizer._UNITS_KEPT", kept)
+    tokenizer = WorldTokenizer()
+    assert tokenizer.encode(text) == wanted
+    assert tokenizer.encode(text) == wanted
+    assert len(tokenizer._units) <= kept
+
+
+def test_a_long_run_without_boundary() -> None:
+    assert WORLD.encode(" " * 1_000_000) == [65529] * 7812 + WORLD.encode(" " * 64)
+    assert WORLD.encode("a" + "-" * 200_000 + "b") == [98, *[65528] * 2500, 99]
+
+
+def test_a_document_cut_at_any_boundaries_is_exact() -> None:
+    data = "".join(udhr()[9]["articles"]).encode()
+    whole = WORLD.encode(data)
+    cuts = [i for i in range(1, len(data)) if WORLD.is_boundary(data[:i], data[i:])]
+    chosen = [0, *sorted(random.Random(3).sample(cuts, 200)), len(data)]
+    parts = [WORLD.encode(data[a:b]) for a, b in zip(chosen, chosen[1:], strict=False)]
+    assert [number for part in parts for number in part] == whole
+
+
+BYTES = WorldTokenizer.byte_level()
+
+
+@given(st.binary())
+def test_byte_level(data: bytes) -> None:
+    assert BYTES.encode(data) == [byte + 1 for byte in data]
+    assert BYTES.decode_bytes(BYTES.encode(data)) == data
+
+
+def test_sizes() -> None:
+    assert (BYTES.vocab_size, BYTES.eod) == (257, 0)
+    assert (WORLD.vocab_size, WORLD.eod) == (65536, 0)
+
+
+def test_ids_without_bytes_decode_to_nothing() -> None:
+    assert WORLD.decode([0, 24281, 0, *range(65530, 65536)]) == "User"
+    assert WORLD.decode([]) == ""
+    assert WORLD.token_bytes(0) == WORLD.token_bytes(65535) == b""
+    assert WORLD.decode([3319, 0, 2417], "strict") == "🙂"
+
+
+@pytest.mark.parametrize(
+    "ids", [(24281, 59), iter([24281, 59]), np.array([24281, 59], np.uint16), torch.tensor([24281, 59])]
+)
+def test_ids_from_any_container(ids: Any) -> None:
+    assert WORLD.decode(ids) == "User:"
+    assert WORLD.token_bytes(torch.tensor(24281)) == b"User"  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("call", ["decode", "decode_bytes", "decode_with_offsets"])
+@pytest.mark.parametrize(
+    ("ids", "message"),
+    [
+        ([11, 65536], r"id 65536 at position 1 is not in 0\.\.65535"),
+        ([11, 12, -1], "id -1 at position 2"),
+        ([10**30], "at position 0"),
+        ([11, 1.0], "flat sequence of integers: 'float'"),
+        ("11", "flat sequence of integers: 'str'"),
+        ([None], "flat sequence of integers: 'NoneType'"),
+        (11, "flat sequence of integers: 'int' object is not iterable"),
+        (torch.tensor(11), "flat sequence of integers: 'int' object is not iterable"),
+        (np.array([[11]]), "flat sequence of integers: 'list'"),
+        (np.array([11.0]), "flat sequence of integers: 'float'"),
+    ],
+)
+def test_ids_that_do_not_exist(call: str, ids: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        getattr(WORLD, call)(ids)
+
+
+def test_token_bytes_and_push_reject_the_same() -> None:
+    for bad in (-1, 65536, 1.5, "a", None):
+        with pytest.raises(ValueError, match="id"):
+            WORLD.token_bytes(bad)  # type: ignore[arg-type]
+        with pytest.raises(ValueError, match="id"):
+            StreamDecoder(WORLD).push(bad)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"id 257 at position 0 is not in 0\.\.256"):
+        BYTES.decode([257])
+
+
+def test_errors_of_decode() -> None:
+    ids = WORLD.encode("né".encode()[:2] + b"x")
+    assert WORLD.decode(ids) == "n\ufffdx"
+    assert WORLD.decode(ids, "ignore") == "nx"
+    with pytest.raises(ValueError, match=r"at byte 1, in id 196 at position 1; decode with errors='replace'"):
+        WORLD.decode(ids, "strict")
+    with pytest.raises(ValueError, match=r"at byte 2, in id 3028 at position 3"):
+        WORLD.decode([0, 11, 11, 3028], "strict")
+    for call in (lambda: WORLD.decode([], "strct"), lambda: StreamDecoder(WORLD, "strct")):  # type: ignore[arg-type]
+        with pytest.raises(ValueError, match="errors is 'strct'; .*did you mean 'strict'"):
+            call()
+
+
+def characters_by_hand(data: bytes) -> list[int]:
+    """The character of each byte, found by feeding the standard library's incremental decoder byte by byte."""
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    owner: list[int] = []
+    count = pending = 0
+    for byte in data:
+        emitted = len(decoder.decode(bytes([byte])))
+        held = len(decoder.getstate()[0])
+        decided = pending + 1 - held
+        owner += [count] * (decided - 1) + [count + 1] if emitted == 2 else [count] * decided
+        count, pending = count + emitted, held
+    return owner + [count] * pending
+
+
+@given(st.lists(st.integers(0, 65535) | st.integers(0, 4000) | st.sampled_from([0, 19232, 240, 160, 146, 3319, 2417])))
+def test_offsets_of_any_ids(ids: list[int]) -> None:
+    text, spans = WORLD.decode_with_offsets(ids)
+    owner = [*characters_by_hand(WORLD.decode_bytes(ids)), len(text)]
+    assert text == WORLD.decode(ids)
+    at = 0
+    for number, span in zip(ids, spans, strict=True):
+        size = len(WORLD.token_bytes(number))
+        assert span == ((owner[at], owner[at + size - 1] + 1) if size else (owner[at], owner[at]))
+        at += size
+
+
+def test_offsets() -> None:
+    ids = [24281, 0, 3319, 2417, 11]
+    assert WORLD.decode_with_offsets(ids) == ("User🙂\n", [(0, 4), (4, 4), (4, 5), (4, 5), (5, 6)])
+    assert WORLD.decode_with_offsets([]) == ("", [])
+    assert WORLD.decode_with_offsets([0]) == ("", [(0, 0)])
+    assert WORLD.decode_with_offsets([256, 19232, 131, 2412, 98]) == (
+        "\ufffd\ufffd\ufffd\ufffd\ufffda",
+        [(0, 1), (1, 2), (2, 3), (3, 5), (5, 6)],
+    )
+    assert WORLD.decode_with_offsets([3319, 146]) == ("\ufffd", [(0, 1), (0, 1)])
+
+
+# any ids, and runs of fragments that begin, break and end characters
+STREAMS = st.lists(
+    st.integers(0, 65535) | st.sampled_from([0, 256, 225, 129, 240, 160, 146, 3319, 2417, 3028, 2412, 98])
+)
+
+
+@given(STREAMS, st.sampled_from(["replace", "ignore"]))
+def test_a_stream_is_the_whole_text_in_pieces(ids: list[int], errors: Any) -> None:
+    stream = StreamDecoder(WORLD, errors)
+    for _ in range(2):  # a flushed decoder starts afresh
+        seen = ""
+        for position, number in enumerate(ids, 1):
+            seen += stream.push(number)
+            tail = WORLD.decode(ids[:position], errors).removeprefix(seen)
+            assert len(tail) <= 1  # at most one unfinished character is held back
+        assert seen + stream.flush() == WORLD.decode(ids, errors)
+        assert stream.flush() == ""
+
+
+@given(st.text())
+def test_a_stream_of_text_never_shows_half_a_character(text: str) -> None:
+    for tokenizer in (WORLD, BYTES):
+        stream = StreamDecoder(tokenizer)
+        pieces = [stream.push(number) for number in tokenizer.encode(text)]
+        assert "".join(pieces) == text and stream.flush() == ""
+
+
+def test_streams_by_example() -> None:
+    stream = StreamDecoder(WORLD)
+    assert [stream.push(number) for number in (3319, 0, 2417, 24281)] == ["", "", "🙂", "User"]
+    assert [stream.push(number) for number in (256, 24281, 19232, 3319)] == ["\ufffd", "User", "\ufffd", ""]
+    other = StreamDecoder(WORLD)
+    assert other.push(2417) == "\ufffd\ufffd"  # not the other half of what `stream` holds
+    assert stream.flush() == "\ufffd"
+    strict = StreamDecoder(WORLD, "strict")
+    assert strict.push(3319) == ""
+    with pytest.raises(ValueError, match="invalid continuation byte"):
+        strict.push(24281)
+    with pytest.raises(ValueError, match="unexpected end of data"):
+        strict.flush()
+
+
+@pytest.mark.parametrize("text", ["ab\ud800", "ab\udfffc"])
+def test_lone_surrogates_are_refused_with_their_index(text: str) -> None:
+    with pytest.raises(ValueError, match=r"lone surrogate '\\ud(800|fff)' at index 2"):
+        WORLD.encode(text)
+    with pytest.raises(ValueError, match="text 1: lone surrogate"):
+        WORLD.encode_batch(["fine", text])
+
+
+def test_wrong_types_are_refused() -> None:
+    for text in (None, 3, ["a"], bytearray(b"a")):
+        with pytest.raises(ValueError, match=f"text must be str or bytes, not {type(text).__name__}"):
+            WORLD.encode(text)  # type: ignore[arg-type]
+    for text in ("abc", b"abc"):
+        with pytest.raises(ValueError, match="use encode for one"):
+            WORLD.encode_batch(text)  # type: ignore[arg-type]
+
+
+def test_equality_fingerprint_pickle_and_repr() -> None:
+    assert WORLD == WorldTokenizer() and hash(WORLD) == hash(WorldTokenizer())
+    assert WORLD != BYTES and WORLD != "WORLD" and WorldTokenizer(TOKENS) != WORLD
+    assert WorldTokenizer(TOKENS, 65536) == WORLD
+    assert WORLD.fingerprint == "680dfca5ee7ba5e916f865cf7f2bdc22595ae0ea8cc61be9d59f6e41e7ab42e5"
+    assert len({WORLD.fingerprint, BYTES.fingerprint, WorldTokenizer(TOKENS).fingerprint}) == 3
+    swapped = TOKENS | {65528: TOKENS[65529], 65529: TOKENS[65528]}
+    assert WorldTokenizer(swapped, 65536).fingerprint != WORLD.fingerprint
+    copy = pickle.loads(pickle.dumps(WORLD))
+    assert copy == WORLD and copy.encode("User: hi") == WORLD.encode("User: hi")
+    assert repr(WORLD) == "WorldTokenizer(vocab_size=65536, tokens=65529)"
+
+
+def test_importing_reads_no_vocabulary() -> None:
+    code = "import sys, roost.tokenizer; sys.exit('lzma' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def stress() -> Iterator[str]:
+    """Inputs on which tokenizers break: long runs, every letter, back-off, controls, mixed scripts, random text."""
+    yield from (" " * n for n in range(0, 5000, 7))
+    yield from (chr(code) * (1 + code % 9) for code in range(0x10000) if not 0xD800 <= code < 0xE000)
+    yield ("//" + "-" * 63 + "\n") * 300 + "//" + "-" * 64
+    rng = random.Random(5)
+    yield from ("".join(rng.choices("01 ", k=50)) for _ in range(300))
+    yield from ("".join(rng.choices("\r\n\t ab.'\x00", k=50)) for _ in range(300))
+    letters = "".join("".join(language["articles"]) for language in udhr())
+    yield "".join(rng.sample(letters, 50_000))
+    yield "".join(map(chr, (rng.randrange(0xE000, 0x110000) for _ in range(5_000))))
+    valid = [text for token in TOKENS.values() if "\ufffd" not in (text := token.decode("utf-8", "replace"))]
+    yield "".join(rng.choices(valid, k=50_000))
+
+
+def real_text() -> Iterator[str]:
+    """Mixed text of this machine, in a fixed order: the UDHR, installed documentation and data, sources."""
+    for language in udhr():
+        yield "\n".join(language["articles"])
+    library, packages = Path(sysconfig.get_path("stdlib")), Path(sysconfig.get_path("purelib"))
+    for folder, pattern in ((packages, "*.md"), (packages, "*.txt"), (library, "*.py"), (packages, "*.py")):
+        for path in sorted(folder.rglob(pattern)):
+            if path.is_file() and path.stat().st_size < 2_000_000:
+                yield path.read_bytes().decode("utf-8", "replace")
+
+
+def up_to(texts: Iterator[str], size: int) -> list[str]:
+    """The first texts that have `size` bytes together."""
+    chosen: list[str] = []
+    for text in texts:
+        chosen.append(text)
+        size -= len(text.encode())
+        if size <= 0:
+            return chosen
+    raise AssertionError(f"{size} bytes short: this machine has too little text")
+
+
+def test_agrees_with_pyrwkv_tokenizer_on_stress_input_and_real_text() -> None:
+    peer = pytest.importorskip("pyrwkv_tokenizer", reason="the independent Rust implementation").RWKVTokenizer()
+    for text in (*stress(), *up_to(real_text(), 21_000_000)):
+        assert WORLD.encode(text) == peer.encode(text), text[:80]
+
+
+def test_agrees_with_the_rwkv_package_on_stress_input_and_real_text() -> None:
+    module = pytest.importorskip("rwkv.rwkv_tokenizer", reason="the original Python trie")
+    peer = module.TRIE_TOKENIZER(str(Path(module.__file__).with_name("rwkv_vocab_v20230424.txt")))
+    rng = random.Random(8)
+    for data in [rng.randbytes(200) for _ in range(500)]:
+        assert WORLD.encode(data) == peer.encodeBytes(data)
+    for text in (*islice(stress(), 0, None, 3), *up_to(real_text(), 2_000_000)):
+        assert WORLD.encode(text) == peer.encode(text), text[:80]
