@@ -1,4 +1,4 @@
-"""roost.vocabulary: the packed official vocabulary, the text form in both variants, and every way a file can be wrong."""
+"""roost.vocabulary: the packed official vocabulary, the text form in both variants, and files that are wrong."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ from functools import cached_property
 from itertools import accumulate, chain, pairwise
 from operator import index
 from pathlib import Path
-from typing import Literal, cast, get_args
+from typing import Literal, SupportsIndex, cast, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -131,18 +131,18 @@ class WorldTokenizer:
         before, after = _utf8(left), _utf8(right)
         return not before or not after or bool(self._hard[before[-1] << 8 | after[0]])
 
-    def token_bytes(self, id: int) -> bytes:
+    def token_bytes(self, id: SupportsIndex) -> bytes:
         """The bytes of one id; empty for 0 and for ids that are not assigned. Raises ValueError out of range."""
         return self._tokens[self._checked([id])[0]]
 
-    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+    def decode_bytes(self, ids: Iterable[SupportsIndex]) -> bytes:
         """The bytes of all ids (list, NumPy array, tensor ...); 0 and ids that are not assigned add none.
 
         Raises ValueError naming position and id when one is negative, >= vocab_size or no integer.
         """
         return b"".join(map(self._tokens.__getitem__, self._checked(ids)))
 
-    def decode(self, ids: Iterable[int], errors: Errors = "replace") -> str:
+    def decode(self, ids: Iterable[SupportsIndex], errors: Errors = "replace") -> str:
         """The text of all ids. Raises ValueError as `decode_bytes`, and for invalid UTF-8 when errors="strict"."""
         _check_errors(errors)
         numbers = self._checked(ids)
@@ -157,7 +157,7 @@ class WorldTokenizer:
                 f"{position}; decode with errors='replace' or use decode_bytes"
             ) from error
 
-    def decode_with_offsets(self, ids: Iterable[int]) -> tuple[str, list[tuple[int, int]]]:
+    def decode_with_offsets(self, ids: Iterable[SupportsIndex]) -> tuple[str, list[tuple[int, int]]]:
         """decode(ids) and, for each id, the characters [start, end) of that text which its bytes touch.
 
         An id inside a character has that character's span, so spans may overlap; an id without bytes has an empty one.
@@ -189,9 +189,9 @@ class WorldTokenizer:
     def __reduce__(self) -> tuple[type[WorldTokenizer], tuple[dict[int, bytes], int]]:
         return WorldTokenizer, ({number: token for token, number in self._units.ids.items()}, self.vocab_size)
 
-    def _checked(self, ids: Iterable[int]) -> list[int]:
+    def _checked(self, ids: Iterable[SupportsIndex]) -> list[int]:
         """The ids as Python integers, all of them in 0..vocab_size-1."""
-        tolist = cast("Callable[[], Iterable[int]] | None", getattr(ids, "tolist", None))
+        tolist = cast("Callable[[], Iterable[SupportsIndex]] | None", getattr(ids, "tolist", None))
         plain = ids if tolist is None else tolist()  # an array or a tensor: its elements are slow to index
         try:
             numbers = list(map(index, plain))
@@ -216,7 +216,7 @@ class StreamDecoder:
         self._tokenizer = tokenizer
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors)
 
-    def push(self, id: int) -> str:
+    def push(self, id: SupportsIndex) -> str:
         """The text that `id` completes: often one token's, "" inside a character."""
         return self._decoder.decode(self._tokenizer.token_bytes(id))
 

@@ -2,7 +2,7 @@
 
 Owns: what makes a vocabulary usable (ids from 1, tokens not empty and all different, a token for each single byte), and
 the text form: lines "ID LITERAL BYTES", the literal a Python str (its UTF-8 is the token), or bytes where the token is
-not valid UTF-8. Literals are unescaped by a parser that knows only the escapes which `repr` writes; nothing is evaluated.
+not valid UTF-8. Literals are unescaped by a parser that knows the escapes which `repr` writes; nothing is evaluated.
 Refuses to know: how text is matched.
 """
 

@@ -68,6 +68,9 @@ def test_the_order_depends_on_seed_and_epoch_and_not_on_the_batch(counting: Path
     assert order == starts(TokenLoader(counting, 10, 66), 198)
     assert order != starts(TokenLoader(counting, 10, 1, seed=1), 198)
     assert order[:99] != list(range(99))
+    assert starts(TokenLoader(counting, 10, 1, seed=2**64 - 1), 99) != starts(
+        TokenLoader(counting, 10, 1, seed=2**64 - 2), 99
+    )
 
 
 def test_the_order_is_the_same_on_every_machine(counting: Path) -> None:

@@ -60,7 +60,8 @@ class TokenLoader:
     def _window(self, sample: int) -> int:
         epoch, place = divmod(sample, self.windows)
         if epoch not in self._orders:
-            generator = np.random.Generator(np.random.Philox(key=[self.seed, epoch]))
+            key = np.array([self.seed, epoch], np.uint64)  # a list with a large seed would pass through float64
+            generator = np.random.Generator(np.random.Philox(key=key))
             # a batch touches one border between epochs unless the file is tiny; older orders are dropped
             self._orders = {epoch: generator.permutation(self.windows)}
         return int(self._orders[epoch][place])

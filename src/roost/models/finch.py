@@ -63,11 +63,11 @@ class TimeMix(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor]:
         previous, last = token_shift(x, last, offsets)
         delta = previous - x
-        z = x + delta * self.time_maa_x
+        z = (x + delta * self.time_maa_x).to(x.dtype)  # maa may be finer than x: up-cycled files keep it in fp32
         low = torch.tanh(z @ self.time_maa_w1).unflatten(-1, (5, -1))  # (B, T, 5, Rm)
         m = torch.einsum("btir,ird->ibtd", low, self.time_maa_w2)
         lambdas = (self.time_maa_w, self.time_maa_k, self.time_maa_v, self.time_maa_r, self.time_maa_g)
-        x_w, x_k, x_v, x_r, x_g = (x + delta * (lam + m_i) for lam, m_i in zip(lambdas, m, strict=True))
+        x_w, x_k, x_v, x_r, x_g = ((x + delta * (lam + m_i)).to(x.dtype) for lam, m_i in zip(lambdas, m, strict=True))
 
         heads = (self.config.n_head, self.config.head_size)
         r = self.receptance(x_r).unflatten(-1, heads)  # (B, T, H, K)
@@ -140,8 +140,8 @@ class ChannelMix(nn.Module):
     def forward(self, x: Tensor, last: Tensor, offsets: Sequence[int] | None = None) -> tuple[Tensor, Tensor]:
         previous, last = token_shift(x, last, offsets)
         delta = previous - x
-        k = torch.relu(self.key(x + delta * self.time_maa_k)) ** 2
-        r = torch.sigmoid(self.receptance(x + delta * self.time_maa_r))
+        k = torch.relu(self.key((x + delta * self.time_maa_k).to(x.dtype))) ** 2
+        r = torch.sigmoid(self.receptance((x + delta * self.time_maa_r).to(x.dtype)))
         return r * self.value(k), last
 
     def initialise(self, init: Init, generator: torch.Generator) -> None:

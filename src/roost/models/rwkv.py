@@ -194,8 +194,22 @@ class RWKV(nn.Module):
 
         Raises ValueError for another ending or a missing directory; an old file survives any failure.
         """
-        save_weights(self.state_dict(), path)
+        save_weights(official_weights(self.config, self.state_dict()), path)
         self.fingerprint = fingerprint_of(self.config, self.state_dict())
+
+
+def official_weights(config: ModelConfig, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors as official tools expect them in a file; `weights` is a state dict of this model.
+
+    RWKV-5.0 has one decay and one bonus per head there, so [h, N] becomes [h] where all N are equal (a model trained
+    further from 5.0 keeps [h, N], which only roost reads). Every other generation is stored as it is.
+    """
+    if config.generation != "eagle" or config.gate:
+        return dict(weights)
+    per_head = [name for name in weights if name.endswith(("att.time_decay", "att.time_faaaa"))]
+    if not all(bool((weights[name] == weights[name][:, :1]).all()) for name in per_head):
+        return dict(weights)
+    return {name: value[:, 0].clone() if name in per_head else value for name, value in weights.items()}
 
 
 def save_weights(weights: Mapping[str, Tensor], path: str | os.PathLike[str]) -> None:

@@ -1,0 +1,305 @@
+"""Models in and out of files: load, look inside, convert.
+
+Everything about a model is read from its tensors: configuration files are written, never believed.
+
+Owns: the order "names, then version, then sizes, then strict check", and the dtypes of a loaded model.
+Refuses to know: where a name leads and what the names of each dialect are (roost.formats), and what the tensors do
+(roost.models).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import warnings
+from dataclasses import dataclass
+from functools import reduce
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from roost.config import ModelConfig
+from roost.files import replacing
+from roost.formats import fla, huggingface, official, storage
+from roost.formats.locate import resolve
+from roost.formats.official import LABELS, Version
+from roost.formats.upcycle import upcycle
+from roost.models.rwkv import RWKV, fingerprint_of, official_weights, save_weights
+from roost.tokenizer import WorldTokenizer
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
+"""The dtypes a model can have, by their usual short names."""
+
+_PRECISE = re.compile(
+    r".*\.(att\.(time_decay(_w[12])?|time_faaaa|time_first|time_state|time_maa_[xwkvrg]|ln_x\.(weight|bias))"
+    r"|ffn\.time_maa_[kr])"
+)  # used in fp32 whatever the model's dtype is, so they may be stored finer than the rest
+
+
+@dataclass(frozen=True)
+class Info:
+    """What a checkpoint is, found without reading its numbers.
+
+    path          the file or directory
+    version       "4", "5.0", "5.1", "5.2" or "6";  label: the same in words, e.g. "RWKV-6 (Finch)"
+    dialect       "official", "huggingface" or "fla"
+    config        the sizes of the model it loads as
+    dtypes        parameters stored in each dtype, most first
+    parameters    numbers in the file
+    file_bytes    size of all weight files
+    state_bytes   fp32 state of one sequence
+    memory        bytes needed to run one sequence (weights and state), for each dtype
+    """
+
+    path: Path
+    version: Version
+    label: str
+    dialect: str
+    config: ModelConfig
+    dtypes: dict[str, int]
+    parameters: int
+    file_bytes: int
+    state_bytes: int
+    memory: dict[str, int]
+
+    def lines(self) -> list[tuple[str, str]]:
+        """(what, value) pairs for printing, e.g. ("state", "1.6 MB per sequence")."""
+        c = self.config
+        shape = f"{c.n_layer} layers, width {c.n_embd}, channel mixing {c.dim_ffn}, vocabulary {c.vocab_size}"
+        if c.dim_att != c.n_embd:
+            shape += f", time mixing {c.dim_att}"
+        if c.n_head:
+            shape += f", {c.n_head} heads of {c.head_size}"
+        if c.generation == "finch":
+            shape += f", ranks {c.shift_rank} and {c.decay_rank}"
+        if c.time_state:
+            shape += ", tuned initial state"
+        total = sum(self.dtypes.values())
+        kinds = ", ".join(name if count == total else f"{name} ({count:,})" for name, count in self.dtypes.items())
+        return [
+            ("file", f"{self.path} ({_size(self.file_bytes)})"),
+            ("generation", self.label),
+            ("names", self.dialect),
+            ("sizes", shape),
+            ("dtype", kinds),
+            ("parameters", f"{self.parameters:,}"),
+            ("state", f"{_size(self.state_bytes)} per sequence"),
+            ("memory to run", ", ".join(f"{_size(size)} in {name}" for name, size in self.memory.items())),
+        ]
+
+
+@dataclass(frozen=True)
+class _Opened:
+    """A checkpoint in official names, checked against the model it belongs to; nothing is read yet."""
+
+    path: Path
+    version: Version
+    dialect: str
+    config: ModelConfig
+    stored: dict[str, Tensor]
+    weights: dict[str, Tensor]  # after upgrades, in the trainer's key order
+    model: RWKV  # on the meta device
+
+
+def load(
+    x: str | os.PathLike[str],
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+    *,
+    endpoint: str | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+) -> tuple[RWKV, WorldTokenizer | None]:
+    """A model and its tokenizer from a path or a name.
+
+    x       a .pth or .safetensors file; a directory with Hugging Face (rwkv, rwkv5, rwkv6) or fla weights, sharded or
+            not, or with one .pth; a model that ships ("nestling"); or a hub name: "owner/name", "owner/name@revision",
+            "owner/name/file.pth". A path that exists comes first.
+    dtype   None keeps the file's: decay, bonus, maa, ln_x and time_state as they are stored (they are used in fp32
+            anyway), all other tensors in the widest dtype found among them. Otherwise every tensor is converted.
+    endpoint, cache_dir   the hub to ask and where to keep its files; None = huggingface_hub's own
+
+    RWKV-5.0 and 5.1 load as Eagle, exactly. Tokenizer: the World tokenizer for 65536 ids or more, bytes for 257, and
+    None for others (the Pile models'). On the CPU in the file's dtype the weights are mapped, not read.
+
+    Raises ValueError for anything that cannot be loaded, naming the file, the variant or the tensors, and what to do.
+    """
+    target = _device(device)
+    if dtype is not None and dtype not in DTYPES.values():
+        raise ValueError(f"dtype is {dtype}; it must be one of {', '.join(str(known) for known in DTYPES.values())}")
+    opened = _open(resolve(x, endpoint, cache_dir))
+    model = opened.model
+    wanted = _dtypes(opened.weights) if dtype is None else dict.fromkeys(opened.weights, dtype)
+    weights = {name: value.to(target, wanted[name]) for name, value in opened.weights.items()}
+    model.load_state_dict(weights, assign=True)
+    model.fingerprint = fingerprint_of(opened.config, opened.weights)
+    return model, _tokenizer(opened.config.vocab_size)
+
+
+def info(
+    x: str | os.PathLike[str], *, endpoint: str | None = None, cache_dir: str | os.PathLike[str] | None = None
+) -> Info:
+    """What `load` would load, without reading the weights (an old non-zip .pth has to be read). Errors as in `load`."""
+    opened = _open(resolve(x, endpoint, cache_dir))
+    counts: dict[str, int] = {}
+    for value in opened.stored.values():
+        name = next((short for short, dtype in DTYPES.items() if dtype == value.dtype), str(value.dtype))
+        counts[name] = counts.get(name, 0) + value.numel()
+    state, parameters = opened.config.state_bytes, sum(counts.values())
+    return Info(
+        path=opened.path,
+        version=opened.version,
+        label=LABELS[opened.version],
+        dialect=opened.dialect,
+        config=opened.config,
+        dtypes=dict(sorted(counts.items(), key=lambda item: -item[1])),
+        parameters=parameters,
+        file_bytes=sum(file.stat().st_size for file in storage.files(opened.path)),
+        state_bytes=state,
+        memory={name: parameters * DTYPES[name].itemsize + state for name in ("fp32", "bf16", "fp16")},
+    )
+
+
+def convert(
+    source: str | os.PathLike[str],
+    target: str | os.PathLike[str],
+    *,
+    to: str | None = None,
+    dtype: torch.dtype | None = None,
+    endpoint: str | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+) -> Path:
+    """Write a checkpoint in another form and return where it is.
+
+    source  whatever `load` takes
+    target  a name that ends in .pth or .safetensors (official names), or a directory: Hugging Face names,
+            model.safetensors and config.json
+    to      "finch" turns RWKV-5.1 and 5.2 into RWKV-6 with the same logits; its maa stay fp32 whatever `dtype` says,
+            because 1 - mix does not fit 16 bits
+    dtype   None keeps each tensor's
+
+    Files are replaced only when the new one is complete. Warns when the result has one layer (the rwkv package takes
+    such a file for another version). Raises ValueError as `load` does, for another ending, and for what the Hugging
+    Face classes cannot express.
+    """
+    if to not in (None, "finch"):
+        raise ValueError(f"to is {to!r}; the only generation to convert to is 'finch'")
+    if dtype is not None and dtype not in DTYPES.values():
+        raise ValueError(f"dtype is {dtype}; it must be one of {', '.join(str(known) for known in DTYPES.values())}")
+    path = Path(target)
+    directory = _is_directory(path)
+    opened = _open(resolve(source, endpoint, cache_dir))
+    config, weights = opened.config, opened.weights
+    if to == "finch":
+        config, weights = upcycle(config, weights)
+    if dtype is not None:
+        weights = {
+            name: value if to == "finch" and re.fullmatch(r".*\.time_maa_[xwkvrg]", name) else value.to(dtype)
+            for name, value in weights.items()
+        }
+    weights = official_weights(config, {name: weights[name] for name in RWKV(config, device="meta").state_dict()})
+    if directory:
+        _write_huggingface(config, weights, path)
+    else:
+        save_weights(weights, path)
+    if config.n_layer == 1 and config.generation != "dove":
+        warnings.warn(
+            f"{path} has one layer: the rwkv package guesses the version of such a file from the order of its keys and"
+            " may take it for another one",
+            stacklevel=2,
+        )
+    return path
+
+
+def _write_huggingface(config: ModelConfig, weights: dict[str, Tensor], path: Path) -> None:
+    renamed = huggingface.from_official(config, weights)
+    document = json.dumps(huggingface.config_json(config, weights["emb.weight"].dtype), indent=2) + "\n"
+    if path.is_dir():
+        ours = {"model.safetensors", "config.json"}
+        other = sorted(
+            p.name for p in path.iterdir() if p.name not in ours and p.suffix in (*storage.ENDINGS, ".bin", ".json")
+        )
+        if other:
+            raise ValueError(f"{path} already holds {other[0]}: give a new directory, so that two models do not mix")
+    elif not path.parent.is_dir():
+        raise ValueError(f"cannot write {path}: the directory {path.parent} does not exist")
+    path.mkdir(exist_ok=True)
+    save_weights(renamed, path / "model.safetensors")
+    with replacing(path / "config.json") as temporary:
+        temporary.write_text(document, encoding="utf-8")
+
+
+def _is_directory(path: Path) -> bool:
+    if path.is_dir():
+        return True
+    if path.exists() or path.suffix in storage.ENDINGS:
+        if path.suffix not in storage.ENDINGS:
+            raise ValueError(f"cannot write {path}: the name must end in .pth or .safetensors, or be a directory")
+        return False
+    if path.suffix and not path.suffix[1].isdigit():  # "v6-1.6B" is the name of a directory
+        raise ValueError(
+            f"cannot write {path}: {path.suffix} is no format that roost writes; use .pth, .safetensors, or a directory"
+            " for Hugging Face names"
+        )
+    return True
+
+
+def _open(path: Path) -> _Opened:
+    where = str(path)
+    stored = official.strip_prefixes(storage.read(path), where)
+    dialect, weights = "official", stored
+    if huggingface.is_huggingface(stored):
+        dialect, weights = "huggingface", huggingface.to_official(stored)
+    elif fla.is_fla(stored):
+        dialect, weights = "fla", fla.to_official(stored, where)
+    version = official.version_of(weights, where)
+    config = official.config_of(weights, version, where)
+    weights = official.upgrade(weights, version, config)
+    model = RWKV(config, device="meta")
+    expected = model.state_dict()
+    official.check(weights, expected, version, where)
+    if dialect == "huggingface" and huggingface.looks_rescaled(weights, config.n_layer):
+        warnings.warn(
+            f"{path}: att.output and ffn.value look halved every 6 layers, as the Hugging Face classes leave them when"
+            " a 16-bit model is saved after generating. If so, multiply those of layer l by 2 ** (l // 6)",
+            stacklevel=3,
+        )
+    return _Opened(path, version, dialect, config, stored, {name: weights[name] for name in expected}, model)
+
+
+def _dtypes(weights: dict[str, Tensor]) -> dict[str, torch.dtype]:
+    """The dtype of each tensor when the file decides (see `load`)."""
+    main = reduce(torch.promote_types, (value.dtype for name, value in weights.items() if not _PRECISE.fullmatch(name)))
+    out = dict.fromkeys(weights, main)
+    for name, value in weights.items():
+        if _PRECISE.fullmatch(name) and main != torch.float64:
+            wide = torch.promote_types(main, value.dtype)
+            out[name] = torch.float32 if wide == torch.float64 else wide
+    return out
+
+
+def _device(device: torch.device | str) -> torch.device:
+    try:
+        found = torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"device {device!r} is unknown: {str(error).splitlines()[0]}") from error
+    if found.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device is {found}, but this machine has no usable CUDA device")
+    return found
+
+
+def _tokenizer(vocab_size: int) -> WorldTokenizer | None:
+    if vocab_size >= 65536:
+        return WorldTokenizer()
+    return WorldTokenizer.byte_level() if vocab_size == 257 else None
+
+
+def _size(count: int) -> str:
+    """Bytes in decimal units, three digits."""
+    value = float(count)
+    for unit in ("B", "kB", "MB", "GB"):
+        if value < 999.5:
+            return f"{value:.3g} {unit}"
+        value /= 1000
+    return f"{value:.3g} TB"

@@ -1,0 +1,41 @@
+"""Atomic writing: the old file survives everything that can go wrong."""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+
+import pytest
+
+from roost.files import replacing
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()])
+def test_the_old_file_survives(tmp_path: Path, error: BaseException) -> None:
+    target = tmp_path / "a.bin"
+    target.write_bytes(b"old")
+    with pytest.raises(type(error)), replacing(target) as temporary:
+        temporary.write_bytes(b"half of the n")
+        raise error
+    assert target.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_replaces_with_ordinary_permissions(tmp_path: Path) -> None:
+    target = tmp_path / "a.bin"
+    target.write_bytes(b"old")
+    with replacing(target) as temporary:
+        temporary.write_bytes(b"new")
+        assert target.read_bytes() == b"old"
+    mask = os.umask(0)
+    os.umask(mask)
+    assert target.read_bytes() == b"new"
+    assert target.stat().st_mode & 0o777 == 0o666 & ~mask
+
+
+def test_no_directory(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="does not exist"), replacing(tmp_path / "no" / "a"):
+        pass
+    with pytest.raises(ValueError, match="is a directory"), replacing(tmp_path):
+        pass

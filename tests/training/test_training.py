@@ -1,0 +1,267 @@
+"""The trainer: groups, schedule, loss, exact resume of a killed process, guards."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from roost import PRESETS, RWKV, TokenLoader, TrainConfig, load, train
+from roost.data.binidx import write_tokens
+from roost.training.loop import checkpoints
+from roost.training.loss import next_token_loss
+from roost.training.optim import group_of, learning_rate, optimiser
+from roost.training.recipe import byte_lengths, read_recipe, run_recipe
+from roost.training.validation import Held, validate
+
+TEXT = ("In the beginning was the word, and the word was short. " * 80).encode()
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> Path:
+    write_tokens(tmp_path / "corpus", [[b + 1 for b in TEXT]] * 3, vocab_size=257)
+    return tmp_path / "corpus"
+
+
+def config(out: Path, **numbers: object) -> TrainConfig:
+    return TrainConfig(**{"steps": 12, "out": str(out), "lr": 3e-3, "save_every": 4, "log_every": 1, **numbers})
+
+
+def losses(out: Path) -> list[float]:
+    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    return [line["loss"] for line in lines if "lr" in line]
+
+
+@pytest.mark.parametrize("name,eagle,finch", [("eagle-tiny", True, False), ("finch-tiny", False, True)])
+def test_groups(name: str, eagle: bool, finch: bool) -> None:
+    """RWKV-LM's table: the decay learns twice as fast; matrices and the embedding decay; nothing else does."""
+    matrices = {"receptance", "key", "value", "gate", "output"}
+    for parameter_name, parameter in RWKV(PRESETS[name]).named_parameters():
+        parts = parameter_name.split(".")
+        decays = parts[0] in ("emb", "head") or len(parts) == 5 and parts[3] in matrices
+        doubled = parts[-1] == "time_decay"
+        assert group_of(parameter_name, parameter, 0.1) == (2.0 if doubled else 1.0, 0.1 if decays else 0.0)
+    assert group_of("blocks.0.att.time_first", torch.zeros(3), 0.1) == (3.0, 0.0)
+    assert group_of("blocks.0.att.time_state", torch.zeros(2, 3, 3), 0.1) == (1.0, 0.1)
+
+
+def test_frozen_parameters_are_left_out() -> None:
+    model = RWKV(PRESETS["finch-tiny"])
+    model.emb.weight.requires_grad_(False)
+    grouped = {id(p) for group in optimiser(model, TrainConfig(steps=1)).param_groups for p in group["params"]}
+    assert grouped == {id(p) for p in model.parameters()} - {id(model.emb.weight)}
+
+
+def test_schedule() -> None:
+    c = TrainConfig(steps=110, lr=1e-3, lr_final=1e-4, warmup=10)
+    assert learning_rate(0, c) == pytest.approx(0.2e-3)
+    assert learning_rate(5, c) == pytest.approx(0.6e-3)
+    assert learning_rate(10, c) == pytest.approx(1e-3)
+    assert learning_rate(60, c) == pytest.approx(5.5e-4)
+    assert learning_rate(110, c) == pytest.approx(1e-4)
+    assert learning_rate(0, TrainConfig(steps=5, warmup=0)) == pytest.approx(6e-4)
+
+
+def test_l2wrap_is_the_gradient_of_rwkv_lm() -> None:
+    g = torch.Generator().manual_seed(0)
+    logits = torch.randn(2, 5, 7, generator=g, requires_grad=True)
+    targets = torch.randint(0, 7, (2, 5), generator=g)
+    plain, _ = next_token_loss(logits, targets)
+    total, entropy = next_token_loss(logits, targets, l2wrap=1e-2)
+    assert entropy == plain
+    difference = torch.autograd.grad(total, logits)[0] - torch.autograd.grad(plain, logits)[0]
+    values, where = logits.detach().max(-1, keepdim=True)
+    assert torch.allclose(difference, torch.zeros_like(logits).scatter(-1, where, 1e-2 * values / 10), atol=1e-7)
+
+
+def test_masked_targets_count_nowhere() -> None:
+    g = torch.Generator().manual_seed(0)
+    logits = torch.randn(1, 6, 7, generator=g)
+    targets = torch.tensor([[1, -100, 2, 3, -100, -100]])
+    kept = targets[0] >= 0
+    total, entropy = next_token_loss(logits, targets, 0.1)
+    wanted, wanted_entropy = next_token_loss(logits[:, kept], targets[:, kept], 0.1)
+    assert torch.allclose(total, wanted) and torch.allclose(entropy, wanted_entropy)
+    assert next_token_loss(logits, torch.full((1, 6), -100), 0.1)[0] == 0
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("name", ["dove-tiny", "eagle-tiny", "finch-tiny"])
+def test_it_learns(tmp_path: Path, corpus: Path, name: str, precision: str) -> None:
+    final = train(
+        RWKV(PRESETS[name]), TokenLoader(corpus, 32, 4), config(tmp_path / "run", steps=40, precision=precision)
+    )
+    history = losses(tmp_path / "run")
+    assert len(history) == 40 and history[0] > 5 and history[-1] < 3.2
+    model, tokenizer = load(final)
+    assert model.config == PRESETS[name] and tokenizer is not None and tokenizer.vocab_size == 257
+
+
+def test_interrupted_and_resumed_is_the_same_run(tmp_path: Path, corpus: Path) -> None:
+    """Losses and final weights equal those of one uninterrupted run, bit for bit."""
+    whole = RWKV(PRESETS["finch-tiny"])
+    train(whole, TokenLoader(corpus, 32, 4), config(tmp_path / "whole"))
+
+    class Stop(Exception):
+        pass
+
+    def stop(p: object) -> None:
+        if p.step == 10:  # type: ignore[attr-defined]
+            raise Stop
+
+    parts = config(tmp_path / "parts", keep=1)
+    with pytest.raises(Stop):
+        train(RWKV(PRESETS["finch-tiny"]), TokenLoader(corpus, 32, 4), parts, progress=stop)
+    assert [p.name for p in checkpoints(tmp_path / "parts")] == ["step-8.pt"]
+    resumed = RWKV(PRESETS["finch-tiny"], seed=99)
+    train(resumed, TokenLoader(corpus, 32, 4), parts, resume=True)
+    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
+    for name, value in whole.state_dict().items():
+        assert torch.equal(value, resumed.state_dict()[name]), name
+
+
+RECIPE = """model = "finch-tiny"
+data = "{data}"
+valid = ["{data}"]
+ctx = 32
+batch = 4
+steps = 60
+lr = 3e-3
+save_every = 3
+keep = 1
+validate_every = 0
+log_every = 1
+out = "{out}"
+"""
+
+
+def test_killed_process_resumes_exactly(tmp_path: Path, corpus: Path) -> None:
+    """A real process killed twice with SIGKILL, resumed by the command line: the losses of an undisturbed run."""
+    for out in ("quiet", "killed"):
+        (tmp_path / f"{out}.toml").write_text(RECIPE.format(data=corpus, out=tmp_path / out))
+
+    def start(name: str) -> subprocess.Popen[bytes]:
+        code = f"import torch; torch.set_num_threads(1); from roost.training.recipe import run_recipe; run_recipe({str(tmp_path / name)!r}, resume=True)"
+        return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.DEVNULL)
+
+    assert start("quiet.toml").wait() == 0
+    for wanted in (10, 35):
+        process, log = start("killed.toml"), tmp_path / "killed" / "log.jsonl"
+        while process.poll() is None and not (log.exists() and log.read_text().count("\n") >= wanted):
+            time.sleep(0.005)
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+    assert start("killed.toml").wait() == 0
+    assert losses(tmp_path / "killed") == losses(tmp_path / "quiet")
+    one, other = (load(tmp_path / name / "final.safetensors")[0].state_dict() for name in ("quiet", "killed"))
+    assert all(torch.equal(one[n], other[n]) for n in one)
+
+
+def test_a_run_is_not_overwritten(tmp_path: Path, corpus: Path) -> None:
+    data = TokenLoader(corpus, 32, 4)
+    train(RWKV(PRESETS["finch-tiny"]), data, config(tmp_path / "run"))
+    with pytest.raises(ValueError, match="already holds a run"):
+        train(RWKV(PRESETS["finch-tiny"]), data, config(tmp_path / "run"))
+    with pytest.raises(ValueError, match=r"was trained with lr = 0.003, not 0.1"):
+        train(RWKV(PRESETS["finch-tiny"]), data, config(tmp_path / "run", lr=0.1), resume=True)
+
+
+def test_not_finite_stops_before_the_weights_change(tmp_path: Path, corpus: Path) -> None:
+    model = RWKV(PRESETS["finch-tiny"])
+    with torch.no_grad():
+        model.head.weight[3] = torch.inf
+    before = model.emb.weight.clone()
+    with pytest.raises(ValueError, match="step 0: loss"):
+        train(model, TokenLoader(corpus, 32, 4), config(tmp_path / "run"))
+    assert torch.equal(model.emb.weight, before)
+
+
+def test_full_disk_keeps_the_last_checkpoint(tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save, count = torch.save, []
+
+    def failing(content: object, path: Path) -> None:
+        count.append(path)
+        if len(count) == 2:
+            Path(path).write_bytes(b"half")
+            raise OSError(28, "No space left on device")
+        save(content, path)
+
+    monkeypatch.setattr(torch, "save", failing)
+    with pytest.raises(OSError, match="No space"):
+        train(RWKV(PRESETS["finch-tiny"]), TokenLoader(corpus, 32, 4), config(tmp_path / "run"))
+    assert [p.name for p in checkpoints(tmp_path / "run")] == ["step-4.pt"]
+    assert not list((tmp_path / "run").glob(".*.tmp"))
+
+
+def test_validation_is_the_mean_loss(corpus: Path) -> None:
+    """A model that knows nothing: log 257 nats per token, log2 257 bits per byte."""
+    model = RWKV(PRESETS["finch-tiny"])
+    with torch.no_grad():
+        model.head.weight.zero_()
+    tokens = torch.tensor([b + 1 for b in TEXT])
+    nats, bits = validate(model, Held(tokens, byte_lengths(257)), rows=4, chunk=100)
+    assert nats == pytest.approx(np.log(257)) and bits == pytest.approx(np.log2(257))
+    model = RWKV(PRESETS["finch-tiny"], seed=5)
+    whole = validate(model, Held(tokens, byte_lengths(257)), rows=1, chunk=10**6)
+    assert validate(model, Held(tokens, byte_lengths(257)), rows=1, chunk=33) == pytest.approx(whole, rel=1e-5)
+    with pytest.raises(ValueError, match="at least 2 tokens"):
+        validate(model, Held(tokens[:1], byte_lengths(257)))
+
+
+def test_byte_lengths_of_the_world() -> None:
+    lengths = byte_lengths(65536)
+    assert lengths[0] == 0 and lengths[261] == 2 and lengths[65529] == 128 and lengths[65530:].sum() == 0
+
+
+@pytest.mark.parametrize(
+    "change,message",
+    [
+        (("steps = 60", "stpes = 60"), "did you mean 'steps'"),
+        (("steps = 60", ""), "'steps' is missing"),
+        (("ctx = 32", "ctx = 'long'"), "ctx is 'long'; it must be int"),
+        (("ctx = 32", "ctx = true"), "it must be int"),
+        (("ctx = 32", "ctx = 0"), "ctx is 0"),
+        (("ctx = 32", "ctx = 10000000"), "needs at least"),
+        (("lr = 3e-3", "lr = -1.0"), "lr is -1.0"),
+        (("lr = 3e-3", "beta2 = 1.5"), "beta2 is 1.5"),
+        (("lr = 3e-3", "precision = 'int4'"), "precision is 'int4'"),
+        (("keep = 1", "keep = 0"), "keep is 0"),
+        (("keep = 1", "warmup = -1"), "warmup is -1"),
+        (("finch-tiny", "finch-tny"), "did you mean 'finch-tiny'"),
+        (("ctx = 32", "ctx = = 32"), "is not a recipe"),
+    ],
+)
+def test_wrong_recipes(tmp_path: Path, corpus: Path, change: tuple[str, str], message: str) -> None:
+    path = tmp_path / "r.toml"
+    path.write_text(RECIPE.format(data=corpus, out=tmp_path / "run").replace(*change))
+    with pytest.raises(ValueError, match=message):
+        run_recipe(path)
+
+
+def test_recipe_precedence_and_start_from_a_file(tmp_path: Path, corpus: Path) -> None:
+    path = tmp_path / "r.toml"
+    path.write_text(RECIPE.format(data=corpus, out=tmp_path / "run"))
+    recipe = read_recipe(path, {"steps": 2, "lr": 1e-3})
+    assert recipe.config.steps == 2 and recipe.config.lr == 1e-3 and recipe.config.keep == 1
+    first = run_recipe(path, {"steps": 2})
+    again = run_recipe(path, {"steps": 1, "model": str(first), "out": str(tmp_path / "more"), "lr": 1e-9})
+    a, b = load(first)[0].state_dict(), load(again)[0].state_dict()
+    assert all(torch.allclose(a[n], b[n], atol=1e-6) for n in a)
+    with pytest.raises(ValueError, match="no recipe at"):
+        read_recipe(tmp_path / "none.toml")
+
+
+def test_tokens_the_model_does_not_know(tmp_path: Path, corpus: Path) -> None:
+    write_tokens(tmp_path / "world", [[300] * 100], vocab_size=65536)
+    path = tmp_path / "r.toml"
+    path.write_text(RECIPE.format(data=tmp_path / "world", out=tmp_path / "run"))
+    with pytest.raises(ValueError, match=r"holds token id 300; the model knows 0\.\.256"):
+        run_recipe(path)
