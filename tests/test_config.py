@@ -65,6 +65,7 @@ def test_the_formula_counts_the_tensors(config: ModelConfig) -> None:
         ({"dim_att": 65}, "dim_att 65 is not a multiple of head_size 64"),
     ],
 )
+@pytest.mark.usefixtures("unchecked")
 def test_impossible_sizes(numbers: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         ModelConfig(**{"generation": "finch", "n_layer": 2, "n_embd": 64, **numbers})

@@ -6,7 +6,10 @@ import socket
 
 import pytest
 import torch
-from jaxtyping import TypeCheckError
+from jaxtyping import Float, TypeCheckError, jaxtyped
+from torch import Tensor
+
+from typechecking import on_return
 
 
 def test_uninitialised_memory_is_nan() -> None:
@@ -14,12 +17,29 @@ def test_uninitialised_memory_is_nan() -> None:
     assert torch.empty_like(torch.ones(3, dtype=torch.bfloat16)).isnan().all()
 
 
-def test_annotations_are_checked() -> None:
-    from roost.ops import wkv
+def test_annotations_are_checked_when_a_function_returns() -> None:
+    @jaxtyped(typechecker=on_return)
+    def double(x: Float[Tensor, "B T"], times: int = 2) -> Float[Tensor, "B T"]:
+        if times < 0:
+            raise ValueError("times is negative")
+        return x.repeat(1, times - 1)
 
-    x = torch.zeros(1, 2, 1, 4)
-    with pytest.raises(TypeCheckError):
-        wkv(x.long(), x, x, x, x[0, 0])
+    assert double(torch.zeros(2, 3)).shape == (2, 3)
+    for wrong in (
+        lambda: double(torch.zeros(2)),
+        lambda: double(torch.zeros(2, 3).long()),
+        lambda: double(torch.zeros(2, 3), 3),
+    ):
+        with pytest.raises(TypeCheckError):
+            wrong()
+    with pytest.raises(ValueError, match="negative"):
+        double("not a tensor", -1)  # pyright: ignore[reportArgumentType]
+
+
+def test_the_hook_is_on() -> None:
+    from roost import ops, tokenizer
+
+    assert hasattr(ops.wkv, "__wrapped__") and not hasattr(tokenizer.WorldTokenizer.encode, "__wrapped__")
 
 
 def test_nothing_outside_is_reached() -> None:

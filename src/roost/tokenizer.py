@@ -31,6 +31,8 @@ Errors = Literal["replace", "strict", "ignore"]
 _WORLD_SIZE = 65536
 _WORLD_RESERVED = 65530  # the first id of the official vocabulary's unassigned tail
 _WINDOW = 1 << 16  # bytes cut at a time: bounds memory, stays in cache
+_PREFIX = 4  # bytes that decide which lengths can match; 4 makes text in many scripts fastest
+_SHORT = (3, 2, 1)  # lengths below it, always possible
 _UNITS_KEPT = 1 << 16
 _UNIT_LENGTH_KEPT = 32  # longer units are rare and seldom come twice
 
@@ -233,11 +235,11 @@ class _Units(dict[bytes, tuple[int, ...]]):
     def __init__(self, ids: dict[bytes, int]) -> None:
         super().__init__()
         self.ids = ids
-        lengths: dict[bytes, set[int]] = {}
+        found: dict[bytes, set[int]] = {}
         for token in ids:
-            if len(token) > 1:
-                lengths.setdefault(token[:2], set()).add(len(token))
-        self._lengths = {pair: tuple(sorted(found, reverse=True)) for pair, found in lengths.items()}
+            if len(token) > len(_SHORT):
+                found.setdefault(token[:_PREFIX], set()).add(len(token))
+        self._lengths = {prefix: (*sorted(lengths, reverse=True), *_SHORT) for prefix, lengths in found.items()}
 
     def __missing__(self, unit: bytes) -> tuple[int, ...]:
         matched = tuple(self._match(unit))
@@ -248,20 +250,17 @@ class _Units(dict[bytes, tuple[int, ...]]):
         return matched
 
     def _match(self, data: bytes) -> list[int]:
-        """Greedy longest match: the lengths that tokens with these first two bytes have, longest first."""
+        """Greedy longest match: try the lengths that tokens with these first four bytes have, longest first."""
         ids, lengths = self.ids, self._lengths
         matched: list[int] = []
         start, end = 0, len(data)
         while start < end:
-            for length in lengths.get(data[start : start + 2], ()):
+            for length in lengths.get(data[start : start + _PREFIX], _SHORT):
                 stop = start + length
                 if stop <= end and (number := ids.get(data[start:stop])) is not None:
+                    matched.append(number)
+                    start = stop
                     break
-            else:
-                stop = start + 1
-                number = ids[data[start:stop]]
-            matched.append(number)
-            start = stop
         return matched
 
 

@@ -146,6 +146,7 @@ def test_seed_and_dtype() -> None:
     assert RWKV(PRESETS["finch-tiny"], dtype=torch.bfloat16).dtype == torch.bfloat16
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_unknown_rule() -> None:
     with pytest.raises(ValueError, match="init is 'newest'"):
         built("finch", "newest")

@@ -161,6 +161,7 @@ def test_huge_decay_has_no_nan_gradient() -> None:
 
 
 @pytest.mark.parametrize("name", ["eagle-tiny", "finch-tiny"])
+@pytest.mark.usefixtures("unchecked")
 def test_a_block_compiles_whole(name: str) -> None:
     model = trained(PRESETS[name])
     x = torch.randn(2, 40, 64, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
@@ -207,6 +208,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("message", BAD)
+@pytest.mark.usefixtures("unchecked")
 def test_bad_input(message: str) -> None:
     model = RWKV(PRESETS["finch-tiny"])
     model.fingerprint = "f" * 64

@@ -244,14 +244,17 @@ def test_missing_state_is_zeros() -> None:
 
 
 @pytest.mark.parametrize("T", [1, 20])
+@pytest.mark.usefixtures("unchecked")
 def test_registered_with_torch_library(T: int) -> None:
     x = [t.requires_grad_() for t in inputs(T)]
     torch.library.opcheck(wkv_chunked, (*x, None))
-    torch.library.opcheck(wkv_chunked, (*(t[:1] if t.dim() == 4 else t for t in x[:5]), x[5], [0, 0, T]))
+    packed = [t.requires_grad_() for t in inputs(T, B=1, rows=2)]
+    torch.library.opcheck(wkv_chunked, (*packed, [0, 0, T]))
     d = [t.detach() for t in x]
     torch.library.opcheck(wkv_chunked_backward, (torch.ones_like(d[2]), torch.ones_like(d[5]), *d, None))
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_compiles_without_a_graph_break() -> None:
     x = inputs(20)
     compiled = torch.compile(lambda *a: roost.wkv(*a), fullgraph=True, backend="aot_eager")
@@ -287,6 +290,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("message", BAD)
+@pytest.mark.usefixtures("unchecked")
 def test_impossible_inputs(message: str) -> None:
     with pytest.raises(ValueError, match=message):
         roost.wkv(*BAD[message](inputs(5)))

@@ -10,7 +10,6 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
-import torch
 from torch import Tensor
 
 _TOP = {"model.embeddings.": "emb.", "model.norm.": "ln_out.", "lm_head.": "head."}
@@ -81,14 +80,13 @@ def _block(part: str, value: Tensor) -> dict[str, Tensor] | None:
         return {_VECTORS[part]: value.reshape(1, 1, -1)}
     if part in _TRANSPOSED:
         return {_TRANSPOSED[part]: value.t().contiguous()}
-    order = torch.tensor(_OFFICIAL_ORDER)
     if part == "attn.x_proj.0.linear.weight":  # [5 Rm, D]
-        blocks = value.unflatten(0, (5, -1)).index_select(0, order)
+        blocks = value.reshape(5, -1, value.shape[1])[_OFFICIAL_ORDER]
         return {"att.time_maa_w1": blocks.flatten(0, 1).t().contiguous()}
     if part == "attn.x_proj.2.weight":  # [D, 5 Rm]
-        blocks = value.unflatten(1, (5, -1)).permute(1, 2, 0).index_select(0, order)
-        return {"att.time_maa_w2": blocks.contiguous()}
+        blocks = value.reshape(value.shape[0], 5, -1).permute(1, 2, 0)
+        return {"att.time_maa_w2": blocks[_OFFICIAL_ORDER].contiguous()}
     if part == "attn.x_bias":  # [5, D]
-        rows = dict(zip("rwkvg", value.unflatten(0, (5, 1, 1)).unbind(0), strict=True))
+        rows = dict(zip("rwkvg", value.reshape(5, 1, 1, -1).unbind(0), strict=True))
         return {f"att.time_maa_{letter}": row.clone() for letter, row in rows.items()}
     return None

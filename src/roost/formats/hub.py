@@ -34,16 +34,17 @@ def download(name: str, *, endpoint: str | None = None, cache_dir: str | os.Path
     Without a connection the cached copy is used. Raises ValueError when there is none, the repository or the revision
     does not exist, or it holds no weights or several models.
     """
-    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub import HfApi, snapshot_download  # pyright: ignore[reportUnknownVariableType] (a bare dict)
 
     match = _ID.fullmatch(name)
     assert match is not None, name
+    cache = None if cache_dir is None else Path(cache_dir)
     repo, revision, file = match["repo"], match["revision"], match["file"]
     try:
         info = HfApi(endpoint=endpoint).model_info(repo, revision=revision)
         names = [sibling.rfilename for sibling in info.siblings or []]
     except Exception as error:  # the hub's client raises errors of its transport, which changes between versions
-        cached = _cached(repo, revision, endpoint, cache_dir)
+        cached = _cached(repo, revision, endpoint, cache)
         if cached is None:
             raise ValueError(
                 f"{name} is no file here, and the hub could not be asked for it: {_one_line(error)}"
@@ -54,9 +55,7 @@ def download(name: str, *, endpoint: str | None = None, cache_dir: str | os.Path
         raise ValueError(f"{repo} has no file {file}; it has {there}")
     wanted = [file] if file is not None else _with_index(choose(names, repo), names)
     try:
-        folder = snapshot_download(
-            repo, revision=revision, endpoint=endpoint, cache_dir=cache_dir, allow_patterns=wanted
-        )
+        folder = snapshot_download(repo, revision=revision, endpoint=endpoint, cache_dir=cache, allow_patterns=wanted)
     except Exception as error:  # as above
         raise ValueError(f"downloading {name} failed: {_one_line(error)}") from error
     return _pick(Path(folder), file)
@@ -75,10 +74,8 @@ def _pick(folder: Path, file: str | None) -> Path:
     return folder / file
 
 
-def _cached(
-    repo: str, revision: str | None, endpoint: str | None, cache_dir: str | os.PathLike[str] | None
-) -> Path | None:
-    from huggingface_hub import snapshot_download
+def _cached(repo: str, revision: str | None, endpoint: str | None, cache: Path | None) -> Path | None:
+    from huggingface_hub import snapshot_download  # pyright: ignore[reportUnknownVariableType] (a bare dict)
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     try:
@@ -86,7 +83,7 @@ def _cached(
             repo,
             revision=revision,
             endpoint=endpoint,
-            cache_dir=cache_dir,
+            cache_dir=cache,
             local_files_only=True,
             allow_patterns=[],  # the folder as it is; a file that is not there is noticed when it is wanted
         )

@@ -79,7 +79,8 @@ def refuse_inexpressible(config: ModelConfig) -> None:
         problems.append(f"the ranks are {config.shift_rank} and {config.decay_rank}, the class always takes {ranks}")
     if problems:
         raise ValueError(
-            f"the Hugging Face class cannot express this model: {'; '.join(problems)}. Write .pth or .safetensors instead"
+            f"the Hugging Face class cannot express this model: {'; '.join(problems)}. Write .pth or"
+            " .safetensors instead"
         )
 
 

@@ -32,7 +32,7 @@ _KEYS: tuple[tuple[str, str], ...] = (
     (r".*\.gate_w1", "x060a (low-rank gate); only x060 is supported"),
     (
         r".*\.att\.time_mix_(x|w|w1|w2)",
-        "a web-rwkv (.st) file: low-rank matrices are transposed and its time_mix means 1 - mix; load the original .pth",
+        "a web-rwkv (.st) file (low-rank matrices transposed, time_mix means 1 - mix); load the original .pth",
     ),
     (r"layers\.\d+\.(att_shift|wkv)", "a saved state, not a model; read it with roost.State.load"),
     (r".*\.ffnPre\..*", "a variant with ffnPre in place of time mixing; it is not supported"),
@@ -70,12 +70,13 @@ def refuse_keys(keys: Collection[str], where: str) -> None:
         raise ValueError(f"{where} holds no tensors")
     if all(_STATE.fullmatch(key) for key in keys):
         raise ValueError(
-            f"{where} is a tuned initial state ({len(keys)} layers), not a model: copy its tensors into the base model's file"
+            f"{where} is a tuned initial state ({len(keys)} layers), not a model: copy its tensors into the base"
+            " model's file"
         )
     adapter = next((key for key in keys if _ADAPTER.fullmatch(key)), None)
     if adapter is not None and not any(key.startswith("model.layers.") for key in keys):
         base = any(key.endswith("emb.weight") for key in keys)
         raise ValueError(
-            f"{where} {'holds an adapter beside the weights' if base else 'is an adapter, not a model'} (it has {adapter}):"
-            " merge it into the base model with the program that trained it, and load the result"
+            f"{where} {'holds an adapter beside the weights' if base else 'is an adapter, not a model'}"
+            f" (it has {adapter}): merge it into the base model with the program that trained it, and load the result"
         )

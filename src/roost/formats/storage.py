@@ -11,7 +11,7 @@ import pickle
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -72,7 +72,7 @@ def files(path: Path) -> list[Path]:
 
 
 def choose(names: Sequence[str], place: str) -> list[str]:
-    """Which of a directory's or hub repository's files to read: safetensors before .bin before .pth, all shards of a set.
+    """Which of a directory's files to read: safetensors before .bin before .pth, all shards of a set.
 
     Names in folders are ignored. Raises ValueError when there is nothing to read, a shard is missing, or several
     files could be meant.
@@ -98,9 +98,7 @@ def choose(names: Sequence[str], place: str) -> list[str]:
         ]
         if len(single) > 1:
             listed = ", ".join(single[:8]) + (f" and {len(single) - 8} more" if len(single) > 8 else "")
-            raise ValueError(
-                f"{place} holds several models: name one, e.g. {place.rstrip('/')}/{single[0]}; there are {listed}"
-            )
+            raise ValueError(f"{place} holds several models: name one, e.g. {place}/{single[0]}; there are {listed}")
         if single:
             return single
     raise ValueError(f"{place} holds no weights: expected .safetensors, pytorch_model*.bin or .pth files")
@@ -140,7 +138,8 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
     from safetensors import SafetensorError, safe_open
 
     try:
-        with safe_open(path, "pt") as file:
+        opened: Any = safe_open(path, "pt")  # the package gives no types for it
+        with opened as file:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
     except (SafetensorError, OSError, ValueError, RuntimeError, AttributeError) as error:
         raise ValueError(f"{path} is truncated or corrupt: {error}; get it again") from error

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -25,6 +25,7 @@ from roost.training.optim import learning_rate, optimiser
 from roost.training.validation import Held, validate
 
 
+@runtime_checkable
 class Batches(Protocol):
     """What the loop needs of data: a pure function from step to (inputs, targets), both (B, T) int64."""
 
