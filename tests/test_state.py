@@ -66,7 +66,7 @@ def test_refusals(tmp_path: Path) -> None:
     whole = path.read_bytes()
     for damaged in (b"", whole[:100], whole[:-8], b"hello" * 100):
         path.write_bytes(damaged)
-        with pytest.raises(ValueError, match="s.state"):
+        with pytest.raises(ValueError, match=r"s\.state"):
             State.load(path)
     from safetensors.torch import save_file
 

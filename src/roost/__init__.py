@@ -1,4 +1,5 @@
-"""roost: run, train and study Eagle (RWKV-5.2) and Finch (RWKV-6), recurrent language models with a state of constant size.
+"""roost: run, train and study Eagle (RWKV-5.2) and Finch (RWKV-6), recurrent language models with a
+state of constant size.
 
 Training, prefill and decoding are one call: `logits, state = model(tokens, state)`.
 """

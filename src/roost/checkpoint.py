@@ -121,7 +121,8 @@ def load(
     endpoint, cache_dir   the hub to ask and where to keep its files; None = huggingface_hub's own
 
     RWKV-5.0 and 5.1 load as Eagle, exactly. Tokenizer: the World tokenizer for 65536 ids or more, bytes for 257, and
-    None for others (the Pile models'). On the CPU in the file's dtype the weights are mapped, not read.
+    None for others (the Pile models'). On the CPU in the file's dtype the weights are mapped, not read: the file may be
+    replaced (as roost does) while the model is used, but not overwritten in place.
 
     Raises ValueError for anything that cannot be loaded, naming the file, the variant or the tensors, and what to do.
     """

@@ -132,4 +132,4 @@ PRESETS: dict[str, ModelConfig] = {
     "finch-14b": ModelConfig("finch", 61, 4096),
     "nestling": ModelConfig("finch", 4, 256, vocab_size=257),
 }
-"""Every size of the paper, 0.1b of each generation, the RWKV-4 sizes, tiny twins for tests, and the model that ships."""
+"""Every size of the paper, 0.1b of each generation, the RWKV-4 sizes, tiny twins for tests, and what ships."""

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
 @contextmanager
-def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
+def replacing(path: str | os.PathLike[str]) -> Generator[Path, None, None]:
     """Yield a temporary path beside `path`; on success it is synced and renamed to `path`, on any error removed.
 
     Raises ValueError when the directory does not exist or `path` is a directory; OSError from the disk passes through.

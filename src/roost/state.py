@@ -13,7 +13,7 @@ import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -147,9 +147,10 @@ class State(NamedTuple):
         if not Path(path).is_file():
             raise ValueError(f"no state file at {path}")
         try:
-            with safe_open(path, "pt") as file:
-                metadata = dict(file.metadata() or {})
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+            with safe_open(path, "pt") as opened:
+                file: Any = opened  # safetensors leaves it untyped
+                metadata: dict[str, str] = dict(file.metadata() or {})
+                tensors: dict[str, Tensor] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{path} is not a readable state file: {error}") from error
         if metadata.get("format") != _FORMAT:
@@ -158,7 +159,9 @@ class State(NamedTuple):
         if stored != _checksum(tensors, metadata):
             raise ValueError(f"{path} is damaged: its checksum does not match; make the state again from its text")
         count = len(tensors) // 3
-        layers = tuple(LayerState(*(tensors[f"layers.{i}.{name}"] for name in LayerState._fields)) for i in range(count))
+        layers = tuple(
+            LayerState(*(tensors[f"layers.{i}.{name}"] for name in LayerState._fields)) for i in range(count)
+        )
         return State(layers, tuple(json.loads(metadata["tokens"])), metadata["fingerprint"]).to(device)
 
 

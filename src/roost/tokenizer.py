@@ -237,7 +237,7 @@ class _Units(dict[bytes, tuple[int, ...]]):
         self.ids = ids
         found: dict[bytes, set[int]] = {}
         for token in ids:
-            if len(token) > len(_SHORT):
+            if len(token) >= _PREFIX:
                 found.setdefault(token[:_PREFIX], set()).add(len(token))
         self._lengths = {prefix: (*sorted(lengths, reverse=True), *_SHORT) for prefix, lengths in found.items()}
 

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from checkpoints import VERSIONS, Version, make_checkpoint
 from roost.evaluation import verify as module
 from roost.evaluation.verify import verify
 from roost.models.finch import TimeMix
-from checkpoints import VERSIONS, Version, make_checkpoint
 
 TEXT = list(b"All human beings are born free and equal.")
 

@@ -8,13 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import make_checkpoint
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from roost import checkpoint
-from roost.formats import storage
 from safetensors.torch import save_file
 from torch import Tensor
+
+from checkpoints import make_checkpoint
+from roost import checkpoint
+from roost.formats import storage
 
 WEIGHTS = make_checkpoint("6", n_embd=32, head_size=16, vocab=64, shift_rank=4, decay_rank=6)
 
@@ -125,7 +126,7 @@ def test_a_pickle_never_runs_code(zipped: bool, tmp_path: Path) -> None:
     [
         ([1, 2], "holds a list"),
         ({"epoch": 3, "model": WEIGHTS}, r"'epoch' is a int, not a tensor: this is a trainer's own checkpoint"),
-        ({1: torch.zeros(2)}, "1 is a Tensor, not a tensor|1 is"),
+        ({1: torch.zeros(2)}, "1 is a int: names of tensors must be text"),
     ],
 )
 def test_what_is_no_flat_dict_of_tensors_is_refused(content: object, message: str, tmp_path: Path) -> None:
@@ -190,5 +191,5 @@ def test_directories_that_cannot_be_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"weight_map": 3}', '{"weight_map": {"a": "../x.bin"}}'])
 def test_a_bad_index_is_refused(text: str, tmp_path: Path) -> None:
     (tmp_path / "model.safetensors.index.json").write_text(text)
-    with pytest.raises(ValueError, match="not an index of shards|outside its directory"):
+    with pytest.raises(ValueError, match=r"not an index of shards|outside its directory"):
         storage.read(tmp_path)

@@ -145,7 +145,7 @@ def test_draws_follow_the_distribution_and_nothing_else() -> None:
     assert drawn[17] == draw(p, 5, 17)
     assert [draw(p, 6, step) for step in range(50)] != drawn[:50]
     numbers = {uniform(seed, step) for seed in (0, 1, 2**64 - 1) for step in range(1000)}
-    assert len(numbers) == 3000 and 0 <= min(numbers) and max(numbers) < 1
+    assert len(numbers) == 3000 and min(numbers) >= 0 and max(numbers) < 1
     assert (uniform(0, 0), uniform(7, 3)) == (0.011546754286331562, 0.44205212947108785)  # in every version
 
 

@@ -49,11 +49,11 @@ REGIMES = {
 
 
 def inputs(
-    T: int, B: int = 2, H: int = 2, K: int = 8, V: int = 8, *, log_w=uniform(-8, 2), static=False, rows=None, seed=0
+    T: int, B: int = 2, H: int = 2, K: int = 8, V: int = 8, *, log_w=None, static=False, rows=None, seed=0
 ) -> Inputs:
     g = torch.Generator().manual_seed(seed)
     normal = lambda *s: torch.randn(s, generator=g, dtype=torch.float64)  # noqa: E731
-    w = log_w((H, K) if static else (B, T, H, K), g)
+    w = (log_w or uniform(-8, 2))((H, K) if static else (B, T, H, K), g)
     return [normal(B, T, H, K), normal(B, T, H, K), normal(B, T, H, V), w, normal(H, K), normal(rows or B, H, K, V)]
 
 
@@ -71,7 +71,8 @@ def run(x: Inputs, backend: str, seed: int = 1, **options: object) -> list[Tenso
     g = torch.Generator().manual_seed(seed)
     cotangents = [torch.randn(t.shape, generator=g, dtype=torch.float64).to(t.dtype) for t in (out, state)]
     gradients = torch.autograd.grad((out, state), leaves, cotangents, allow_unused=True)
-    return [out.detach(), state.detach(), *(torch.zeros_like(t) if d is None else d for d, t in zip(gradients, leaves))]
+    pairs = zip(gradients, leaves, strict=True)
+    return [out.detach(), state.detach(), *(torch.zeros_like(t) if d is None else d for d, t in pairs)]
 
 
 def close(got: list[Tensor], exact: list[Tensor], tolerance: float) -> None:

@@ -46,7 +46,7 @@ def test_groups(name: str, eagle: bool, finch: bool) -> None:
     matrices = {"receptance", "key", "value", "gate", "output"}
     for parameter_name, parameter in RWKV(PRESETS[name]).named_parameters():
         parts = parameter_name.split(".")
-        decays = parts[0] in ("emb", "head") or len(parts) == 5 and parts[3] in matrices
+        decays = parts[0] in ("emb", "head") or (len(parts) == 5 and parts[3] in matrices)
         doubled = parts[-1] == "time_decay"
         assert group_of(parameter_name, parameter, 0.1) == (2.0 if doubled else 1.0, 0.1 if decays else 0.0)
     assert group_of("blocks.0.att.time_first", torch.zeros(3), 0.1) == (3.0, 0.0)
@@ -149,7 +149,10 @@ def test_killed_process_resumes_exactly(tmp_path: Path, corpus: Path) -> None:
         (tmp_path / f"{out}.toml").write_text(RECIPE.format(data=corpus, out=tmp_path / out))
 
     def start(name: str) -> subprocess.Popen[bytes]:
-        code = f"import torch; torch.set_num_threads(1); from roost.training.recipe import run_recipe; run_recipe({str(tmp_path / name)!r}, resume=True)"
+        code = (
+            "import torch; torch.set_num_threads(1); from roost.training.recipe import run_recipe;"
+            f"run_recipe({str(tmp_path / name)!r}, resume=True)"
+        )
         return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.DEVNULL)
 
     assert start("quiet.toml").wait() == 0

@@ -1,13 +1,13 @@
 """Trust, measured: a loaded model against the NumPy oracle, layer by layer, on real text.
 
-Owns: the comparison and its verdict. The oracle (oracle.py) is written from the equations in fp64 and shares no code with
-the models. Refuses to know: how either computes.
+Owns: the comparison and its verdict. The oracle (oracle.py) is written from the equations in fp64 and shares no code
+with the models. Refuses to know: how either computes.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -20,7 +20,7 @@ from roost.evaluation import oracle
 from roost.models.rwkv import RWKV
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-4, torch.bfloat16: 0.1, torch.float16: 0.02}
-"""Largest |difference| / standard deviation of the oracle's tensor that counts as equal, per dtype of the computation."""
+"""Largest |difference| / standard deviation of the oracle's tensor that counts as equal, per dtype computed in."""
 
 
 class Compared(NamedTuple):
@@ -66,7 +66,7 @@ def _compare(name: str, seen: Tensor, wanted: np.ndarray, tolerance: float) -> C
 
 
 @contextmanager
-def _recording(model: RWKV) -> Iterator[dict[str, Tensor]]:
+def _recording(model: RWKV) -> Generator[dict[str, Tensor], None, None]:
     """Collect the output of every named part of the model under the oracle's names."""
     seen: dict[str, Tensor] = {}
 
@@ -77,7 +77,7 @@ def _recording(model: RWKV) -> Iterator[dict[str, Tensor]]:
         return module.register_forward_hook(hook)
 
     handles = [note("ln_out", model.ln_out)]
-    for i, block in enumerate(model.blocks):
+    for i, block in enumerate(model.layers):
         if i == 0:
             handles.append(note("ln0", block.ln0))
             handles.append(block.ln0.register_forward_pre_hook(lambda _m, inputs: seen.__setitem__("emb", inputs[0])))

@@ -147,7 +147,7 @@ def check(weights: Mapping[str, Tensor], expected: Mapping[str, Tensor], version
     ]
     problems = [
         f"{what} {', '.join(names[:SHOWN])}"
-        + (f" and {len(names) - SHOWN} more ({len(names)})" if len(names) > SHOWN else "")
+        + (f" and {len(names) - SHOWN} more ({len(names)} in all)" if len(names) > SHOWN else "")
         for what, names in (("missing", missing), ("unknown", extra), ("wrong shape:", wrong))
         if names
     ]

@@ -164,7 +164,9 @@ def _read_torch(path: Path, *, mapped: bool) -> dict[str, Tensor]:
     refuse_keys([str(name) for name in entries], str(path))
     weights: dict[str, Tensor] = {}
     for name, value in entries.items():
-        if not isinstance(name, str) or not isinstance(value, Tensor):
+        if not isinstance(name, str):
+            raise ValueError(f"{path}: {name!r} is a {type(name).__name__}: names of tensors must be text")
+        if not isinstance(value, Tensor):
             raise ValueError(
                 f"{path}: {name!r} is a {type(value).__name__}, not a tensor: this is a trainer's own checkpoint, not a"
                 " file of weights; export the weights first"

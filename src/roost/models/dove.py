@@ -15,6 +15,7 @@ Refuses to know: where tokens come from and where the state is kept.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from itertools import pairwise
 from math import log
 
@@ -24,7 +25,18 @@ from torch import Tensor, nn
 from roost.config import ModelConfig
 from roost.models.eagle import ChannelMix as EagleChannelMix
 from roost.models.parts import (
-    Init, depth, empty, fill, linear, orthogonal, precise, ramp, token_shift, unit_ramp, widening, zigzag,
+    Init,
+    depth,
+    empty,
+    fill,
+    linear,
+    orthogonal,
+    precise,
+    ramp,
+    token_shift,
+    unit_ramp,
+    widening,
+    zigzag,
 )  # fmt: skip
 
 
@@ -44,22 +56,23 @@ def recurrence(k: Tensor, v: Tensor, w: Tensor, u: Tensor, state: Tensor) -> tup
 
 
 class TimeMix(nn.Module):
-    """Time mixing of one RWKV-4 layer: (x (B,T,D), last input (B,D), state (B,3,A)) -> (o (B,T,D), last input, state)."""
+    """One RWKV-4 layer: (x (B,T,D), last input (B,D), state (B,3,A)) -> (o (B,T,D), last input, state)."""
 
     def __init__(self, config: ModelConfig, layer: int, device: torch.device | str | None, dtype: torch.dtype) -> None:
         super().__init__()
         self.config, self.layer = config, layer
         D, A = config.n_embd, config.dim_att
-        at = {"device": device, "dtype": dtype}
-        self.time_decay = empty(A, **at)
-        self.time_first = empty(A, **at)
-        self.time_mix_k = empty(1, 1, D, **at)
-        self.time_mix_v = empty(1, 1, D, **at)
-        self.time_mix_r = empty(1, 1, D, **at)
-        self.key = linear(D, A, device, dtype)
-        self.value = linear(D, A, device, dtype)
-        self.receptance = linear(D, A, device, dtype)
-        self.output = linear(A, D, device, dtype)
+        new = partial(empty, device=device, dtype=dtype)
+        matrix = partial(linear, device=device, dtype=dtype)
+        self.time_decay = new(A)
+        self.time_first = new(A)
+        self.time_mix_k = new(1, 1, D)
+        self.time_mix_v = new(1, 1, D)
+        self.time_mix_r = new(1, 1, D)
+        self.key = matrix(D, A)
+        self.value = matrix(D, A)
+        self.receptance = matrix(D, A)
+        self.output = matrix(A, D)
 
     def forward(
         self, x: Tensor, last: Tensor, state: Tensor, offsets: Sequence[int] | None = None

@@ -18,6 +18,7 @@ Refuses to know: where tokens come from, how the recurrence is computed, where t
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +27,17 @@ from torch import Tensor, nn
 from roost.config import ModelConfig
 from roost.models.finch import projections, widen
 from roost.models.parts import (
-    Init, depth, empty, fill, group_norm, linear, precise, ramp, token_shift, unit_ramp, zigzag,
+    Init,
+    depth,
+    empty,
+    fill,
+    group_norm,
+    linear,
+    precise,
+    ramp,
+    token_shift,
+    unit_ramp,
+    zigzag,
 )  # fmt: skip
 from roost.ops import wkv
 
@@ -38,23 +49,24 @@ class TimeMix(nn.Module):
         super().__init__()
         self.config, self.layer = config, layer
         D, A, H, N = config.n_embd, config.dim_att, config.n_head, config.head_size
-        at = {"device": device, "dtype": dtype}
-        self.time_mix_k = empty(1, 1, D, **at)
-        self.time_mix_v = empty(1, 1, D, **at)
-        self.time_mix_r = empty(1, 1, D, **at)
+        new = partial(empty, device=device, dtype=dtype)
+        matrix = partial(linear, device=device, dtype=dtype)
+        self.time_mix_k = new(1, 1, D)
+        self.time_mix_v = new(1, 1, D)
+        self.time_mix_r = new(1, 1, D)
         if config.gate:
-            self.time_mix_g = empty(1, 1, D, **at)
-        self.time_decay = empty(H, N, **at)
-        self.time_faaaa = empty(H, N, **at)
+            self.time_mix_g = new(1, 1, D)
+        self.time_decay = new(H, N)
+        self.time_faaaa = new(H, N)
         if config.time_state:
-            self.time_state = empty(H, N, N, **at)  # [value, key]
-        self.receptance = linear(D, A, device, dtype)
-        self.key = linear(D, A, device, dtype)
-        self.value = linear(D, A, device, dtype)
-        self.output = linear(A, D, device, dtype)
+            self.time_state = new(H, N, N)  # [value, key]
+        self.receptance = matrix(D, A)
+        self.key = matrix(D, A)
+        self.value = matrix(D, A)
+        self.output = matrix(A, D)
         if config.gate:
-            self.gate = linear(D, A, device, dtype)
-        self.ln_x = nn.GroupNorm(H, A, eps=config.group_norm_eps, **at)
+            self.gate = matrix(D, A)
+        self.ln_x = nn.GroupNorm(H, A, eps=config.group_norm_eps, device=device, dtype=dtype)
 
     def forward(
         self, x: Tensor, last: Tensor, S: Tensor, offsets: Sequence[int] | None = None
@@ -86,7 +98,7 @@ class TimeMix(nn.Module):
         fill(self.time_faaaa, rho0 * (1 - i) + 0.1 * (zigzag(A) + (init == "paper")))
         if self.config.time_state:
             fill(self.time_state, 0.0)
-        projections(self, init, generator)
+        projections(self, self.layer, self.config.n_layer, init, generator)
 
 
 class ChannelMix(nn.Module):
@@ -95,12 +107,14 @@ class ChannelMix(nn.Module):
     def __init__(self, config: ModelConfig, layer: int, device: torch.device | str | None, dtype: torch.dtype) -> None:
         super().__init__()
         self.config, self.layer = config, layer
+        new = partial(empty, device=device, dtype=dtype)
+        matrix = partial(linear, device=device, dtype=dtype)
         D, width = config.n_embd, config.dim_ffn
-        self.time_mix_k = empty(1, 1, D, device=device, dtype=dtype)
-        self.time_mix_r = empty(1, 1, D, device=device, dtype=dtype)
-        self.key = linear(D, width, device, dtype)
-        self.receptance = linear(D, D, device, dtype)
-        self.value = linear(width, D, device, dtype)
+        self.time_mix_k = new(1, 1, D)
+        self.time_mix_r = new(1, 1, D)
+        self.key = matrix(D, width)
+        self.receptance = matrix(D, D)
+        self.value = matrix(width, D)
 
     def forward(self, x: Tensor, last: Tensor, offsets: Sequence[int] | None = None) -> tuple[Tensor, Tensor]:
         previous, last = token_shift(x, last, offsets)
@@ -113,4 +127,4 @@ class ChannelMix(nn.Module):
         _, rho1 = depth(self.layer, self.config.n_layer)
         for mix in (self.time_mix_k, self.time_mix_r):
             fill(mix, ramp(self.config.n_embd) ** rho1)
-        widen(self, init, generator)
+        widen(self.key, self.value, self.receptance, init, generator)

@@ -16,6 +16,7 @@ Refuses to know: where tokens come from, how the recurrence is computed, where t
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +24,19 @@ from torch import Tensor, nn
 
 from roost.config import ModelConfig
 from roost.models.parts import (
-    Init, depth, empty, fill, group_norm, linear, orthogonal, precise, ramp, token_shift, uniform, unit_ramp, widening,
+    Init,
+    depth,
+    empty,
+    fill,
+    group_norm,
+    linear,
+    orthogonal,
+    precise,
+    ramp,
+    token_shift,
+    uniform,
+    unit_ramp,
+    widening,
     zigzag,
 )  # fmt: skip
 from roost.ops import wkv
@@ -36,27 +49,28 @@ class TimeMix(nn.Module):
         super().__init__()
         self.config, self.layer = config, layer
         D, A, H, N = config.n_embd, config.dim_att, config.n_head, config.head_size
-        at = {"device": device, "dtype": dtype}
-        self.time_maa_x = empty(1, 1, D, **at)
-        self.time_maa_w = empty(1, 1, D, **at)
-        self.time_maa_k = empty(1, 1, D, **at)
-        self.time_maa_v = empty(1, 1, D, **at)
-        self.time_maa_r = empty(1, 1, D, **at)
-        self.time_maa_g = empty(1, 1, D, **at)
-        self.time_maa_w1 = empty(D, 5 * config.shift_rank, **at)  # columns in the order w, k, v, r, g
-        self.time_maa_w2 = empty(5, config.shift_rank, D, **at)
-        self.time_decay = empty(1, 1, A, **at)
-        self.time_decay_w1 = empty(D, config.decay_rank, **at)
-        self.time_decay_w2 = empty(config.decay_rank, A, **at)
-        self.time_faaaa = empty(H, N, **at)
+        new = partial(empty, device=device, dtype=dtype)
+        matrix = partial(linear, device=device, dtype=dtype)
+        self.time_maa_x = new(1, 1, D)
+        self.time_maa_w = new(1, 1, D)
+        self.time_maa_k = new(1, 1, D)
+        self.time_maa_v = new(1, 1, D)
+        self.time_maa_r = new(1, 1, D)
+        self.time_maa_g = new(1, 1, D)
+        self.time_maa_w1 = new(D, 5 * config.shift_rank)  # columns in the order w, k, v, r, g
+        self.time_maa_w2 = new(5, config.shift_rank, D)
+        self.time_decay = new(1, 1, A)
+        self.time_decay_w1 = new(D, config.decay_rank)
+        self.time_decay_w2 = new(config.decay_rank, A)
+        self.time_faaaa = new(H, N)
         if config.time_state:
-            self.time_state = empty(H, N, N, **at)  # [value, key]
-        self.receptance = linear(D, A, device, dtype)
-        self.key = linear(D, A, device, dtype)
-        self.value = linear(D, A, device, dtype)
-        self.output = linear(A, D, device, dtype)
-        self.gate = linear(D, A, device, dtype)
-        self.ln_x = nn.GroupNorm(H, A, eps=config.group_norm_eps, **at)
+            self.time_state = new(H, N, N)  # [value, key]
+        self.receptance = matrix(D, A)
+        self.key = matrix(D, A)
+        self.value = matrix(D, A)
+        self.output = matrix(A, D)
+        self.gate = matrix(D, A)
+        self.ln_x = nn.GroupNorm(H, A, eps=config.group_norm_eps, device=device, dtype=dtype)
 
     def forward(
         self, x: Tensor, last: Tensor, S: Tensor, offsets: Sequence[int] | None = None
@@ -64,7 +78,7 @@ class TimeMix(nn.Module):
         previous, last = token_shift(x, last, offsets)
         delta = previous - x
         z = (x + delta * self.time_maa_x).to(x.dtype)  # maa may be finer than x: up-cycled files keep it in fp32
-        low = torch.tanh(z @ self.time_maa_w1).unflatten(-1, (5, -1))  # (B, T, 5, Rm)
+        low: Tensor = torch.tanh(z @ self.time_maa_w1).unflatten(-1, (5, -1))  # (B, T, 5, Rm)
         m = torch.einsum("btir,ird->ibtd", low, self.time_maa_w2)
         lambdas = (self.time_maa_w, self.time_maa_k, self.time_maa_v, self.time_maa_r, self.time_maa_g)
         x_w, x_k, x_v, x_r, x_g = ((x + delta * (lam + m_i)).to(x.dtype) for lam, m_i in zip(lambdas, m, strict=True))
@@ -80,7 +94,7 @@ class TimeMix(nn.Module):
         return o, last, S
 
     def log_decay(self, x_w: Tensor) -> Tensor:
-        """log w = -exp(d), (B, T, A) <= 0 in fp32; beyond d = 10 the decay is exactly 0 already, so d is bounded there."""
+        """log w = -exp(d), (B, T, A) <= 0 in fp32; from d = 10 on the decay is exactly 0, so d is bounded."""
         with torch.autocast(x_w.device.type, enabled=False):
             low = torch.tanh(precise(x_w) @ precise(self.time_decay_w1))
             d = precise(self.time_decay) + low @ precise(self.time_decay_w2)
@@ -103,25 +117,22 @@ class TimeMix(nn.Module):
         fill(self.time_faaaa, rho0 * (1 - i) + 0.1 * (zigzag(A) + (init == "paper")))
         if self.config.time_state:
             fill(self.time_state, 0.0)
-        projections(self, init, generator)
+        projections(self, self.layer, self.config.n_layer, init, generator)
 
 
-def projections(mix: nn.Module, init: Init, generator: torch.Generator) -> None:
+def projections(mix: nn.Module, layer: int, n_layer: int, init: Init, generator: torch.Generator) -> None:
     """Initial matrices of time mixing and its group norm, the same for Eagle and Finch."""
-    rho_layer = (1 + mix.layer) / mix.config.n_layer
-    for name in ("receptance", "key", "value", "gate"):
-        if not hasattr(mix, name):
-            continue
-        weight: Tensor = getattr(mix, name).weight
-        if init == "paper":
+    for name, weight in mix.named_parameters():
+        if name == "output.weight":
+            fill(weight, 0.0)
+        elif name.startswith("ln_x"):
+            fill(weight, ((1 + layer) / n_layer) ** 0.7 if name == "ln_x.weight" else 0.0)
+        elif name.endswith(".weight") and init == "paper":
             uniform(weight, weight.shape[1] ** -0.5, generator)
-        elif init == "legacy":
+        elif name.endswith(".weight") and init == "legacy":
             orthogonal(weight, widening(weight), generator)
-        else:
-            orthogonal(weight, 0.1 if name in ("key", "gate") else 1.0, generator)
-    fill(mix.output.weight, 0.0)
-    fill(mix.ln_x.weight, rho_layer**0.7)
-    fill(mix.ln_x.bias, 0.0)
+        elif name.endswith(".weight"):
+            orthogonal(weight, 0.1 if name in ("key.weight", "gate.weight") else 1.0, generator)
 
 
 class ChannelMix(nn.Module):
@@ -130,12 +141,14 @@ class ChannelMix(nn.Module):
     def __init__(self, config: ModelConfig, layer: int, device: torch.device | str | None, dtype: torch.dtype) -> None:
         super().__init__()
         self.config, self.layer = config, layer
+        new = partial(empty, device=device, dtype=dtype)
+        matrix = partial(linear, device=device, dtype=dtype)
         D, width = config.n_embd, config.dim_ffn
-        self.time_maa_k = empty(1, 1, D, device=device, dtype=dtype)
-        self.time_maa_r = empty(1, 1, D, device=device, dtype=dtype)
-        self.key = linear(D, width, device, dtype)
-        self.receptance = linear(D, D, device, dtype)
-        self.value = linear(width, D, device, dtype)
+        self.time_maa_k = new(1, 1, D)
+        self.time_maa_r = new(1, 1, D)
+        self.key = matrix(D, width)
+        self.receptance = matrix(D, D)
+        self.value = matrix(width, D)
 
     def forward(self, x: Tensor, last: Tensor, offsets: Sequence[int] | None = None) -> tuple[Tensor, Tensor]:
         previous, last = token_shift(x, last, offsets)
@@ -149,13 +162,12 @@ class ChannelMix(nn.Module):
         _, rho1 = depth(self.layer, self.config.n_layer)
         for maa in (self.time_maa_k, self.time_maa_r):
             fill(maa, 1 - ramp(self.config.n_embd) ** (rho1**3 if init == "current" else rho1))
-        widen(self, init, generator)
+        widen(self.key, self.value, self.receptance, init, generator)
 
 
-def widen(mix: nn.Module, init: Init, generator: torch.Generator) -> None:
+def widen(key: nn.Linear, value: nn.Linear, receptance: nn.Linear, init: Init, generator: torch.Generator) -> None:
     """Initial matrices of channel mixing, the same for Eagle and Finch."""
-    weight: Tensor = mix.key.weight
-    gain = {"current": 1.0, "legacy": widening(weight), "paper": widening(weight) ** 2}[init]
-    orthogonal(weight, gain, generator)
-    fill(mix.value.weight, 0.0)
-    fill(mix.receptance.weight, 0.0)
+    wide = widening(key.weight)
+    orthogonal(key.weight, {"current": 1.0, "legacy": wide, "paper": wide**2}[init], generator)
+    for zero in (value, receptance):
+        fill(zero.weight, 0.0)

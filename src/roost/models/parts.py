@@ -1,6 +1,6 @@
 """The few pieces all generations share: the token shift, the per-head norm, and initial values.
 
-Owns: "previous token" across calls, chunks and packed documents; ramps and orthogonal matrices of RWKV's initialisation.
+Owns: "previous token" across calls, chunks and packed documents; ramps and matrices of RWKV's initialisation.
 Refuses to know: any generation's equations.
 """
 
@@ -45,15 +45,16 @@ def token_shift(x: Tensor, last: Tensor, offsets: Sequence[int] | None) -> tuple
 
 
 def group_norm(x: Tensor, norm: nn.GroupNorm) -> Tensor:
-    """Normalise each head of x (B, T, A) in fp32 with the weight, bias and eps of `norm`; returns fp32 (fp64 for fp64)."""
-    heads = precise(x).unflatten(-1, (norm.num_groups, -1))
+    """Normalise each head of x (B, T, A) with the weight, bias and eps of `norm`, in fp32 (fp64 for fp64)."""
+    heads: Tensor = precise(x).unflatten(-1, (norm.num_groups, -1))
     y = F.layer_norm(heads, heads.shape[-1:], eps=norm.eps).flatten(-2)
     return y * precise(norm.weight) + precise(norm.bias)
 
 
 def linear(inputs: int, outputs: int, device: torch.device | str | None, dtype: torch.dtype) -> nn.Linear:
     """A bias-free linear layer whose weight is set later."""
-    return nn.utils.skip_init(nn.Linear, inputs, outputs, bias=False, device=device or "cpu", dtype=dtype)
+    layer = nn.Linear(inputs, outputs, bias=False, device="meta", dtype=dtype)
+    return layer.to_empty(device=device or "cpu")
 
 
 def empty(*shape: int, device: torch.device | str | None, dtype: torch.dtype) -> nn.Parameter:

@@ -1,4 +1,4 @@
-"""The skeleton all generations share: training, prefill and decoding are one function (tokens, state) -> (logits, state).
+"""The skeleton of all generations: training, prefill and decoding are one function, (tokens, state) -> (logits, state).
 
     x = LN0(Emb[token])
     x = x + TimeMix(LN1(x));  x = x + ChannelMix(LN2(x))          for every block
@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import astuple
 from itertools import pairwise
 from pathlib import Path
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +26,7 @@ from torch import Tensor, nn
 from roost.config import ModelConfig
 from roost.files import replacing
 from roost.models import dove, eagle, finch
-from roost.models.parts import Init, fill, orthogonal, uniform
+from roost.models.parts import Init, fill, linear, orthogonal, uniform
 from roost.state import LayerState, State
 
 LAYER_NORM_EPS = 1e-5
@@ -76,12 +77,11 @@ class RWKV(nn.Module):
             raise ValueError(f"init is {init!r}; it must be 'current', 'legacy' or 'paper'")
         self.config = config
         self.fingerprint = ""
-        self.emb = nn.utils.skip_init(
-            nn.Embedding, config.vocab_size, config.n_embd, device=device or "cpu", dtype=dtype
-        )
+        self.emb = nn.Embedding(config.vocab_size, config.n_embd, device="meta", dtype=dtype)
+        self.emb.to_empty(device=device or "cpu")
         self.blocks = nn.ModuleList(Block(config, layer, device, dtype) for layer in range(config.n_layer))
         self.ln_out = nn.LayerNorm(config.n_embd, eps=LAYER_NORM_EPS, device=device, dtype=dtype)
-        self.head = finch.linear(config.n_embd, config.vocab_size, device, dtype)
+        self.head = linear(config.n_embd, config.vocab_size, device, dtype)
         if self.device.type != "meta":
             self._initialise(init, torch.Generator().manual_seed(seed))
 
@@ -92,11 +92,16 @@ class RWKV(nn.Module):
             if isinstance(module, nn.LayerNorm):
                 fill(module.weight, 1.0)
                 fill(module.bias, 0.0)
-        for block in self.blocks:
+        for block in self.layers:
             block.att.initialise(init, generator)
             block.ffn.initialise(init, generator)
         gain = {"current": max(1.0, V / D) ** 0.5, "legacy": (V / D) ** 0.5, "paper": 1.0}[init]
         orthogonal(self.head.weight, 0.5 * gain, generator)
+
+    @property
+    def layers(self) -> list[Block]:
+        """The blocks in order."""
+        return cast("list[Block]", list(self.blocks))
 
     @property
     def device(self) -> torch.device:
@@ -114,8 +119,10 @@ class RWKV(nn.Module):
         if not self.config.time_state:
             return state
         layers = [
-            layer._replace(wkv=block.att.time_state.mT.to(layer.wkv.dtype).expand_as(layer.wkv).clone())
-            for block, layer in zip(self.blocks, state.layers, strict=True)
+            layer._replace(
+                wkv=block.att.get_parameter("time_state").mT.to(layer.wkv.dtype).expand_as(layer.wkv).clone()
+            )
+            for block, layer in zip(self.layers, state.layers, strict=True)
         ]
         return state._replace(layers=tuple(layers))
 
@@ -146,12 +153,12 @@ class RWKV(nn.Module):
             state = self.initial_state(rows)
         else:
             self._check_state(state, rows)
-        if last_only and (T == 0 or offsets is not None and any(a == b for a, b in pairwise(offsets))):
+        if last_only and (T == 0 or (offsets is not None and any(a == b for a, b in pairwise(offsets)))):
             raise ValueError("last_only needs at least one token in every sequence")
 
         layers: list[LayerState] = []
-        x = self.blocks[0].ln0(x)
-        for block, layer in zip(self.blocks, state.layers, strict=True):
+        x = self.layers[0].ln0(x)
+        for block, layer in zip(self.layers, state.layers, strict=True):
             x, layer = block(x, layer, offsets)
             layers.append(layer)
         if last_only:
@@ -184,9 +191,13 @@ class RWKV(nn.Module):
             )
         if state.batch != rows:
             raise ValueError(f"the state has {state.batch} row(s), the input {rows}")
-        expected = State.zeros(self.config, rows, "meta").layers
-        shapes = [[tuple(t.shape) for t in layer] for layer in state.layers]
-        if shapes != [[tuple(t.shape) for t in layer] for layer in expected]:
+        c = self.config
+        shift = (rows, c.n_embd)
+        wkv = (rows, 3, c.dim_att) if c.generation == "dove" else (rows, c.n_head, c.head_size, c.head_size)
+        fits = all(
+            layer.att_shift.shape == layer.ffn_shift.shape == shift and layer.wkv.shape == wkv for layer in state.layers
+        )
+        if len(state.layers) != c.n_layer or not fits:
             raise ValueError("this state does not fit the model: its layers have other sizes")
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -244,7 +255,8 @@ def fingerprint_of(config: ModelConfig, weights: Mapping[str, Tensor]) -> str:
 
 
 def _offsets(cu_seqlens: Tensor | Sequence[int], B: int, T: int) -> list[int]:
-    offsets = [int(x) for x in (cu_seqlens.tolist() if isinstance(cu_seqlens, Tensor) else cu_seqlens)]
+    given: Sequence[int] = cu_seqlens.tolist() if isinstance(cu_seqlens, Tensor) else cu_seqlens
+    offsets = [int(x) for x in given]
     rising = bool(offsets) and offsets[0] == 0 and offsets[-1] == T and all(b >= a for a, b in pairwise(offsets))
     if B != 1 or not rising:
         raise ValueError(f"cu_seqlens {offsets} must rise from 0 to T = {T}, and B = {B} must be 1")

@@ -9,7 +9,7 @@ Refuses to know: models, tokens, files.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
 
@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from roost.ops import library
+from roost.ops import chunked, library
 from roost.ops.reference import wkv_reference
 
 BACKENDS = ("reference", "chunked")
@@ -27,7 +27,7 @@ _forced: str | None = None
 
 
 @contextmanager
-def wkv_backend(name: str) -> Iterator[None]:
+def wkv_backend(name: str) -> Generator[None, None, None]:
     """Force one backend for every `wkv` call inside the block: "reference" or "chunked".
 
     Raises ValueError for an unknown name; a forced backend that cannot serve a call makes that call raise.
@@ -79,7 +79,9 @@ def wkv(
         )
     if _forced == "reference":
         return _reference(r, k, v, log_w, u, state, offsets)
-    return library.wkv_chunked(r, k, v, log_w, u, state, offsets)
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return library.wkv_chunked(r, k, v, log_w, u, state, offsets)
+    return chunked.forward(r, k, v, log_w, u, state, offsets)  # inference skips the registration's overhead
 
 
 def _checked(r: Tensor, k: Tensor, v: Tensor, log_w: Tensor, u: Tensor) -> tuple[int, int, int, int]:
@@ -103,7 +105,8 @@ def _checked(r: Tensor, k: Tensor, v: Tensor, log_w: Tensor, u: Tensor) -> tuple
 def _offsets(cu_seqlens: Tensor | Sequence[int] | None, B: int, T: int) -> list[int] | None:
     if cu_seqlens is None:
         return None
-    offsets = [int(x) for x in (cu_seqlens.tolist() if isinstance(cu_seqlens, Tensor) else cu_seqlens)]
+    given: Sequence[int] = cu_seqlens.tolist() if isinstance(cu_seqlens, Tensor) else cu_seqlens
+    offsets = [int(x) for x in given]
     if B != 1:
         raise ValueError(f"cu_seqlens packs documents into one row, but B is {B}")
     if not offsets or offsets[0] != 0 or offsets[-1] != T or any(b < a for a, b in pairwise(offsets)):
@@ -117,7 +120,9 @@ def _reference(
     if offsets is None:
         return wkv_reference(r, k, v, log_w, u, state)
     parts = [
-        wkv_reference(r[:, a:b], k[:, a:b], v[:, a:b], log_w if log_w.dim() == 2 else log_w[:, a:b], u, state[d : d + 1])
+        wkv_reference(
+            r[:, a:b], k[:, a:b], v[:, a:b], log_w if log_w.dim() == 2 else log_w[:, a:b], u, state[d : d + 1]
+        )
         for d, (a, b) in enumerate(pairwise(offsets))
     ]
     if not parts:

@@ -5,8 +5,8 @@ Inside a chunk every pair of tokens j < i is separated by exactly one boundary b
 
     A_ij = (r_i * P_i) . (k_j * Q_j)       P, Q = exp of sums of log decays taken outward from the boundary
 
-so every exponent is a sum of non-positive terms: nothing overflows, cancels, is clamped or divided, and log_w = -inf and
-log_w = 0 are legal. The sums double with the blocks, and the same tree carries the gradient of log_w without a
+so every exponent is a sum of non-positive terms: nothing overflows, cancels, is clamped or divided, and log_w = -inf
+and log_w = 0 are legal. The sums double with the blocks, and the same tree carries the gradient of log_w without a
 subtraction.
 
 Owns: that algorithm and its explicit backward, which recomputes from the inputs instead of storing.
@@ -26,7 +26,7 @@ CHUNK = 32
 
 
 class Factors(NamedTuple):
-    """Decay factors of chunks (..., C, K): per level (h, P of upper halves, Q of lower halves), then of the whole chunk."""
+    """Decay factors of chunks (..., C, K): per level (h, P of upper halves, Q of lower halves), then of chunks."""
 
     levels: list[tuple[int, Tensor, Tensor]]
     prefix: Tensor  # (..., C, K) from the start of the chunk up to the token, exclusive
@@ -36,13 +36,13 @@ class Factors(NamedTuple):
 
 def _halves(x: Tensor, h: int) -> tuple[Tensor, Tensor]:
     """Lower and upper half of every block of 2h tokens: x (..., C, D) as two views (..., C/2h, h, D)."""
-    y = x.unflatten(-2, (-1, 2, h))
+    y: Tensor = x.unflatten(-2, (-1, 2, h))
     return y[..., 0, :, :], y[..., 1, :, :]
 
 
 def _corners(a: Tensor, h: int) -> Tensor:
     """The (upper rows, lower columns) h x h corner of every 2h-block of a (..., C, C): a view (..., C/2h, h, h)."""
-    y = a.unflatten(-2, (-1, 2, h)).unflatten(-1, (-1, 2, h))  # ..., n, 2, h, n, 2, h
+    y: Tensor = a.unflatten(-2, (-1, 2, h)).unflatten(-1, (-1, 2, h))  # ..., n, 2, h, n, 2, h
     return y[..., :, 1, :, :, 0, :].diagonal(dim1=-4, dim2=-2).movedim(-1, -3)
 
 
@@ -93,7 +93,8 @@ class _Layout:
         else:
             padded = x.new_zeros(1, self.C * max(self.last, default=0), *x.shape[2:])
             x = padded.index_copy_(1, self.index.to(x.device), x)
-        return x.unflatten(1, (-1, self.C)).permute(1, 0, 3, 2, 4).to(dtype).contiguous()
+        chunks: Tensor = x.unflatten(1, (-1, self.C))
+        return chunks.permute(1, 0, 3, 2, 4).to(dtype).contiguous()
 
     def unfold(self, x: Tensor) -> Tensor:
         """(n, B, H, C, D) -> (B, T, H, D)."""
@@ -134,21 +135,22 @@ def _scores(R: Tensor, K: Tensor, u: Tensor, levels: list[tuple[int, Tensor, Ten
 
 def _step(r: Tensor, k: Tensor, v: Tensor, log_w: Tensor, u: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
     """One token per row: the recurrence itself."""
+    dtype = v.dtype
+    r, k, v, log_w, u = (x.to(state.dtype) for x in (r, k, v, log_w, u))
     kv = k[:, 0, :, :, None] * v[:, 0, :, None, :]
     out = (r[:, 0, :, None, :] @ (state + u[:, :, None] * kv))[:, None, :, 0]
-    return out, torch.addcmul(kv, log_w.expand_as(k)[:, 0, :, :, None].exp(), state)
+    return out.to(dtype), torch.addcmul(kv, log_w.expand_as(k)[:, 0, :, :, None].exp(), state)
 
 
 def forward(
     r: Tensor, k: Tensor, v: Tensor, log_w: Tensor, u: Tensor, state: Tensor, offsets: list[int] | None
 ) -> tuple[Tensor, Tensor]:
-    """out (B,T,H,V) in v's dtype and the final state, computed in the state's dtype. `offsets`: document bounds, B = 1."""
+    """out (B,T,H,V) in v's dtype and the final state, computed in the state's dtype. `offsets`: document bounds."""
     dtype = state.dtype
     if r.shape[1] == 0 or r.numel() == 0 or v.numel() == 0:
         return torch.zeros_like(v), state.clone()
     if r.shape[1] == 1 and offsets is None:
-        out, after = _step(*(x.to(dtype) for x in (r, k, v, log_w, u)), state)
-        return out.to(v.dtype), after
+        return _step(r, k, v, log_w, u, state)
     layout = _Layout(r.shape[1], offsets)
     R, K, V = (layout.fold(x, dtype) for x in (r, k, v))
     f = _decays(log_w, layout, r.shape[0], dtype)
@@ -164,8 +166,8 @@ def backward(
     """Gradients of r, k, v (their dtypes), log_w, u and state (the state's dtype); inputs as in `forward`."""
     dtype = state.dtype
     if r.shape[1] == 0 or r.numel() == 0 or v.numel() == 0:
-        zeros = [torch.zeros_like(x) for x in (r, k, v)]
-        return *zeros, torch.zeros_like(log_w, dtype=dtype), torch.zeros_like(u, dtype=dtype), d_state.clone()
+        nothing = torch.zeros_like(log_w, dtype=dtype), torch.zeros_like(u, dtype=dtype), d_state.clone()
+        return torch.zeros_like(r), torch.zeros_like(k), torch.zeros_like(v), *nothing
     layout = _Layout(r.shape[1], offsets)
     R, K, V, G = (layout.fold(x, dtype) for x in (r, k, v, d_out))
     f, u = _decays(log_w, layout, r.shape[0], dtype), u.to(dtype)

@@ -1,4 +1,4 @@
-"""The chunked backend as a torch.library operator: opaque to torch.compile, with shapes and gradients it can reason about.
+"""The chunked backend as a torch.library operator: opaque to torch.compile, but with shapes and gradients.
 
 Owns: registration only. Refuses to know: the algorithm (chunked.py) and the contract (the package's __init__).
 """

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from roost.files import replacing
-from roost.models.rwkv import RWKV, fingerprint_of
+from roost.models.rwkv import RWKV
 from roost.training.config import TrainConfig
 from roost.training.loss import next_token_loss
 from roost.training.optim import learning_rate, optimiser
@@ -81,7 +81,7 @@ def train(
             if progress:
                 progress(Progress(step, config.steps, loss, speed))
             clock, logged = time.perf_counter(), step
-        if validation and (step == config.steps or config.validate_every and step % config.validate_every == 0):
+        if validation and (step == config.steps or (config.validate_every and step % config.validate_every == 0)):
             for name, held in validation.items():
                 nats, bits = validate(model, held)
                 _log(out, {"step": step, "validation": name, "loss": nats, "bits_per_byte": bits})
@@ -140,7 +140,9 @@ def _restore(path: Path, model: RWKV, adam: torch.optim.AdamW, config: TrainConf
     free = {"steps", "out", "save_every", "keep", "validate_every", "log_every"}
     for name, value in content["config"].items():
         if name not in free and value != getattr(config, name):
-            raise ValueError(f"{path} was trained with {name} = {value}, not {getattr(config, name)}: a resume keeps it")
+            raise ValueError(
+                f"{path} was trained with {name} = {value}, not {getattr(config, name)}: a resume keeps it"
+            )
     model.load_state_dict(content["model"])
     adam.load_state_dict(content["optimiser"])
     return content["step"]

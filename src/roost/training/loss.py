@@ -1,7 +1,8 @@
 """The training loss: cross-entropy of the next token, and L2Wrap.
 
-L2Wrap keeps logits from drifting: RWKV-LM adds factor * max_logit / (B T) to the gradient of the largest logit, which is
-the gradient of 0.5 * factor * mean(max_logit ** 2). Written as that loss it scales with accumulation and respects masks.
+L2Wrap keeps logits from drifting: RWKV-LM adds factor * max_logit / (B T) to the gradient of the largest logit, which
+is the gradient of 0.5 * factor * mean(max_logit ** 2). Written as that loss it scales with accumulation and respects
+masks.
 
 Owns: both formulas. Refuses to know: models and optimisers.
 """

@@ -7,7 +7,7 @@
     batch = 8                             rows per step
     steps = 1000                          and every other field of TrainConfig
 
-Owns: the keys, and the order defaults < recipe < overrides. An unknown key is an error that names the nearest known one.
+Owns: the keys, and the order defaults < recipe < overrides. An unknown key is an error that names the nearest.
 Refuses to know: the loop.
 """
 
@@ -53,7 +53,7 @@ class Recipe:
 def read_recipe(path: str | os.PathLike[str], overrides: Mapping[str, Any] | None = None) -> Recipe:
     """Read a recipe file; `overrides` win. Raises ValueError for a missing file, bad TOML, or a wrong key or type."""
     try:
-        with open(path, "rb") as file:
+        with Path(path).open("rb") as file:
             given: dict[str, Any] = tomllib.load(file)
     except FileNotFoundError:
         raise ValueError(f"no recipe at {path}") from None
@@ -72,9 +72,7 @@ def read_recipe(path: str | os.PathLike[str], overrides: Mapping[str, Any] | Non
         if key not in given:
             raise ValueError(f"{path}: the key {key!r} is missing")
     config = TrainConfig(**{key: value for key, value in given.items() if key in numbers})
-    return Recipe(
-        given["model"], given["data"], given["ctx"], given["batch"], tuple(given.get("valid", ())), config
-    )
+    return Recipe(given["model"], given["data"], given["ctx"], given["batch"], tuple(given.get("valid", ())), config)
 
 
 def _check_type(path: str | os.PathLike[str], key: str, value: object, kind: str) -> None:

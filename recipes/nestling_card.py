@@ -1,0 +1,123 @@
+"""Measure nestling and write its model card: docs/nestling.md and docs/nestling.png.
+
+    python recipes/nestling_card.py --run runs/nestling --corpus corpus/nestling
+
+Every figure on the card is measured here: bits per byte of the held-out texts read once from front to back, beside
+xz -9e, beside adaptive byte models of order 0 to 3 that start untrained like xz does, and beside the untrained network.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import lzma
+import math
+import time
+from collections import defaultdict
+from pathlib import Path
+
+import torch
+
+import roost
+from roost.data.binidx import TokenFile
+
+EXAMPLE = Path(roost.__file__).parent / "assets" / "example.txt"
+PROMPTS = ("It is a truth universally acknowledged, that ", "And it came to pass, that ", "HAMLET. ", "Call me ")
+
+
+def xz(text: bytes) -> float:
+    """Bits per byte of xz -9e, container included."""
+    return 8 * len(lzma.compress(text, preset=9 | lzma.PRESET_EXTREME)) / len(text)
+
+
+def adaptive(text: bytes, order: int) -> float:
+    """Bits per byte of a byte model that counts as it reads: P(b | last `order` bytes) = (n_b + 1/2) / (n + 128)."""
+    counts: dict[bytes, dict[int, int]] = defaultdict(lambda: defaultdict(int))
+    totals: dict[bytes, int] = defaultdict(int)
+    bits = 0.0
+    for i, byte in enumerate(text):
+        context = text[max(0, i - order) : i]
+        bits -= math.log2((counts[context][byte] + 0.5) / (totals[context] + 128))
+        counts[context][byte] += 1
+        totals[context] += 1
+    return bits / len(text)
+
+
+def documents(corpus: Path) -> dict[str, bytes]:
+    """The held-out texts and the demo's document."""
+    out: dict[str, bytes] = {}
+    for path in sorted(corpus.glob("valid-*.bin")):
+        out[path.stem] = bytes(int(token) - 1 for token in TokenFile(path).tokens if token)
+    out["example.txt"] = EXAMPLE.read_bytes()
+    return out
+
+
+def table(model: roost.RWKV, fresh: roost.RWKV, texts: dict[str, bytes]) -> str:
+    """Markdown: one row per text."""
+    tokenizer = roost.WorldTokenizer.byte_level()
+    rows = [
+        "| text | bytes | nestling | xz -9e | order 0 | order 1 | order 2 | order 3 | untrained network |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for name, text in texts.items():
+        scores = [roost.bits_per_byte(m, tokenizer, text).bits_per_byte for m in (model, fresh)]
+        orders = [adaptive(text, order) for order in range(4)]
+        cells = [f"**{scores[0]:.3f}**", f"{xz(text):.3f}", *(f"{bits:.3f}" for bits in orders), f"{scores[1]:.3f}"]
+        rows.append(f"| {name} | {len(text):,} | " + " | ".join(cells) + " |")
+        print(rows[-1], flush=True)
+    return "\n".join(rows)
+
+
+def samples(model: roost.RWKV) -> str:
+    """Unedited continuations with fixed seeds."""
+    tokenizer = roost.WorldTokenizer.byte_level()
+    blocks = []
+    for seed, prompt in enumerate(PROMPTS):
+        params = roost.Sampling.openai(temperature=0.8, top_p=0.9, seed=seed)
+        text = roost.generate(model, tokenizer, prompt, params, max_tokens=350).text
+        blocks.append(f"> **{prompt}**" + text.replace("\n", "\n> "))
+    return "\n\n".join(blocks)
+
+
+def plot(log: list[dict[str, float | str]], path: Path) -> None:
+    """Training loss (running mean) and validation bits per byte over steps."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
+    steps = [line["step"] for line in log if "lr" in line]
+    bits = [line["loss"] / math.log(2) for line in log if "lr" in line]
+    width = 10
+    smooth = [sum(bits[max(0, i - width) : i + 1]) / len(bits[max(0, i - width) : i + 1]) for i in range(len(bits))]
+    axes.plot(steps, smooth, color="0.6", label="training (running mean)")
+    for name in sorted({line["validation"] for line in log if "validation" in line}):
+        points = [(line["step"], line["bits_per_byte"]) for line in log if line.get("validation") == name]
+        axes.plot(*zip(*points, strict=True), marker="o", markersize=3, label=name)
+    axes.set(xlabel="step", ylabel="bits per byte", ylim=(1.2, 4.0), title="nestling")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=110)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--run", type=Path, default=Path("runs/nestling"))
+    parser.add_argument("--corpus", type=Path, default=Path("corpus/nestling"))
+    parser.add_argument("--docs", type=Path, default=Path("docs"))
+    options = parser.parse_args()
+    started = time.perf_counter()
+    log = [json.loads(line) for line in (options.run / "log.jsonl").read_text().splitlines()]
+    model, _ = roost.load(options.run / "final.safetensors", dtype=torch.float32)
+    fresh = roost.RWKV(roost.PRESETS["nestling"], seed=7)
+    plot(log, options.docs / "nestling.png")
+    card = options.docs / "nestling.md"
+    before, marker, _ = card.read_text(encoding="utf-8").partition("<!-- measured -->\n")
+    text = "\n\n".join([table(model, fresh, documents(options.corpus)), "## Samples", samples(model)])
+    card.write_text(before + marker + "\n" + text + "\n", encoding="utf-8")
+    print(f"{card} in {time.perf_counter() - started:.0f} s")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,210 @@
+"""The command line: one thin verb per capability.
+
+    roost generate MODEL "Once upon a time"        roost chat MODEL        roost info FILE
+
+Owns: the arguments, the exit codes (0 good, 1 `verify` found a difference, 2 an error, 130 Ctrl-C) and that an error is
+one line on stderr; only `--debug` shows a traceback.
+Refuses to know: how anything is done (verbs.py calls the library).
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import os
+import sys
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from io import TextIOWrapper
+from typing import NamedTuple, NoReturn
+
+from roost.cli import verbs
+
+Arguments = Callable[[argparse.ArgumentParser], None]
+
+
+class Verb(NamedTuple):
+    """One word of the command line: what it is for, its arguments, and what it calls."""
+
+    help: str
+    arguments: Arguments
+    run: Callable[[argparse.Namespace], int]
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{message} (try: {self.prog} --help)")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command line (None: the process's) and return its exit code. Never raises without `--debug`."""
+    given = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in given
+    for file in (sys.stdin, sys.stdout, sys.stderr):
+        if isinstance(file, TextIOWrapper):
+            file.reconfigure(errors="replace")  # text is data here; a terminal that lacks a character is no error
+    try:
+        with warnings.catch_warnings():
+            warnings.showwarning = _show_warning
+            status = _run([word for word in given if word != "--debug"])
+            sys.stdout.flush()
+            return status
+    except SystemExit as asked:  # --help, --version
+        return int(asked.code or 0)
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # the reader has gone; what is still buffered must not complain at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except Exception as error:
+        if debug:
+            raise
+        line = " ".join(str(error).split()) or type(error).__name__
+        if not isinstance(error, (ValueError, OSError)):
+            line = f"{type(error).__name__}: {line} (--debug shows where)"
+        print(f"roost: error: {line}", file=sys.stderr)
+        return 2
+
+
+def _run(given: list[str]) -> int:
+    name = next((word for word in given if not word.startswith("-")), None)
+    if name is None or given[0] != name:
+        _top().parse_args(given)
+        _top().print_help()
+        return 0
+    if name not in VERBS:
+        raise ValueError(f"no command {name!r}; did you mean {_nearest(name, VERBS)!r}? (try: roost --help)")
+    verb = VERBS[name]
+    parser = _Parser(prog=f"roost {name}", description=verb.help, allow_abbrev=False)
+    verb.arguments(parser)
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    args, unknown = parser.parse_known_intermixed_args(given[1:])
+    for word in unknown:
+        if not word.startswith("-"):
+            raise ValueError(f"unexpected argument {word!r} (try: roost {name} --help)")
+        flags = [flag for action in parser._actions for flag in action.option_strings]  # pyright: ignore[reportPrivateUsage]  (there is no public list)
+        near = _nearest(word.partition("=")[0], flags)
+        raise ValueError(f"roost {name} has no option {word}; did you mean {near}? (try: roost {name} --help)")
+    return verb.run(args)
+
+
+def _top() -> argparse.ArgumentParser:
+    from roost import __version__
+
+    width = max(len(name) for name in VERBS)
+    verbs = "\n".join(f"  {name:<{width}}  {verb.help}" for name, verb in VERBS.items())
+    parser = _Parser(
+        prog="roost",
+        usage="roost COMMAND ... [--debug]",
+        description="Run, train and study Eagle and Finch.",
+        epilog=f"commands:\n{verbs}\n\nroost COMMAND --help tells more.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"roost {__version__}")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    return parser
+
+
+def _nearest(word: str, known: Iterable[str]) -> str:
+    return difflib.get_close_matches(word, list(known), 1, 0)[0]
+
+
+def _show_warning(message: Warning | str, *_where: object) -> None:
+    print(f"roost: warning: {' '.join(str(message).split())}", file=sys.stderr)
+
+
+def _model(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", help="a checkpoint, a directory, a hub name, or nestling")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1 ... (default: cpu)")
+    parser.add_argument("--dtype", choices=("fp32", "bf16", "fp16", "fp64"), help="default: the file's")
+
+
+def _sampling(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("sampling (what is not given comes from the preset)")
+    group.add_argument("--preset", choices=("chatrwkv", "openai"), default="chatrwkv", help="default: chatrwkv")
+    for flag, what in (
+        ("--temperature", "0 = always the most probable token"),
+        ("--top-p", "size of the nucleus, 0 to 1"),
+        ("--min-p", "drop what is less probable than this times the best"),
+        ("--presence", "subtracted from the logit of tokens already written"),
+        ("--frequency", "subtracted once more for every time they were"),
+        ("--penalty-decay", "how fast that is forgotten: factor per token"),
+    ):
+        group.add_argument(flag, type=float, metavar="X", help=what)
+    group.add_argument("--top-k", type=int, metavar="N", help="keep only the N most probable")
+    group.add_argument("--seed", type=int, metavar="N", help="the same seed draws the same tokens")
+    group.add_argument("--ban", type=int, action="append", metavar="ID", help="a token id never to draw; may repeat")
+    group.add_argument("--stop", action="append", metavar="TEXT", help=r"end before this text (\n is a newline)")
+    group.add_argument("--max-tokens", type=int, default=256, metavar="N", help="default: 256")
+
+
+def _generate(parser: argparse.ArgumentParser) -> None:
+    _model(parser)
+    parser.add_argument("prompt", metavar="PROMPT", nargs="?", help="text to write on from; - = standard input")
+    parser.add_argument("--state", metavar="FILE", help="what was read before the prompt")
+    parser.add_argument("--save", metavar="FILE", help="save the state after the text")
+    parser.add_argument("--logprobs", type=int, metavar="N", help="with --json: the N best alternatives of every token")
+    parser.add_argument("--json", action="store_true", help="one JSON object instead of the text")
+    _sampling(parser)
+
+
+def _read(parser: argparse.ArgumentParser) -> None:
+    _model(parser)
+    parser.add_argument("file", metavar="FILE", help="the text, in any encoding of bytes; - = standard input")
+    parser.add_argument("--save", metavar="FILE", help="save the state after the text")
+    parser.add_argument("--state", metavar="FILE", help="what was read before")
+    parser.add_argument("--score", action="store_true", help="print bits per byte; id 0 is read before the text")
+    parser.add_argument("--chunk", type=int, default=512, metavar="N", help="tokens at a time (default: 512)")
+
+
+def _chat(parser: argparse.ArgumentParser) -> None:
+    _model(parser)
+    parser.add_argument("--state", metavar="FILE", help="what was read before the conversation")
+    parser.add_argument("--system", metavar="TEXT", default="", help="a message that comes first")
+    parser.add_argument("--paragraphs", action="store_true", help="answers may hold blank lines")
+    _sampling(parser)
+
+
+def _info(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="FILE", help="a checkpoint, a directory, a hub name, or nestling")
+
+
+def _convert(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", metavar="SOURCE", help="a checkpoint, a directory or a hub name")
+    parser.add_argument("target", metavar="TARGET", help="a name ending in .pth or .safetensors, or a directory")
+    parser.add_argument("--to", choices=("finch",), help="RWKV-5.1 and 5.2 become RWKV-6, with the same logits")
+    parser.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), help="default: each tensor's own")
+
+
+def _verify(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="FILE", help="a checkpoint")
+    parser.add_argument("--tokens", type=int, default=16, metavar="N", help="how much real text (default: 16)")
+    parser.add_argument("--dtype", choices=("fp32", "bf16", "fp16", "fp64"), default="fp32", help="default: fp32")
+
+
+def _train(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("recipe", metavar="RECIPE", help="a .toml file")
+    parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint")
+    parser.add_argument(
+        "--set", action="append", metavar="KEY=VALUE", help="a key of the recipe, overruled; may repeat"
+    )
+    parser.add_argument("--device", default="cpu", help="default: cpu")
+
+
+def _demo(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", default="nestling", help="default: nestling")
+    parser.add_argument("--file", metavar="FILE", help="default: the document that ships")
+
+
+VERBS = {
+    "chat": Verb("talk with a model", _chat, verbs.chat),
+    "generate": Verb("write on from a prompt", _generate, verbs.generate),
+    "read": Verb("read a file of any length into a state of constant size", _read, verbs.read),
+    "info": Verb("generation, sizes, dtype and memory of a checkpoint, without loading it", _info, verbs.info),
+    "convert": Verb("write a checkpoint in another form", _convert, verbs.convert),
+    "verify": Verb("compare a checkpoint's logits, layer by layer, with the NumPy oracle", _verify, verbs.verify),
+    "train": Verb("train as a recipe says", _train, verbs.train),
+    "demo": Verb("read a document, save the state, write on in a second process", _demo, verbs.demo),
+}
+"""Every command."""

@@ -1,0 +1,97 @@
+"""What the verbs share on a terminal: progress bars, sizes, input files.
+
+Owns: the look of a bar (tokens/s, time left, size of the state). Bars go to stderr, and only to a terminal.
+Refuses to know: models, and what is being read.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.text import Text
+
+
+class _Speed(ProgressColumn):
+    def render(self, task: Task) -> Text:
+        speed = task.finished_speed or task.speed
+        return Text(f"{speed:,.0f} tokens/s" if speed else "")
+
+
+@contextmanager
+def reading(what: str, state_bytes: int, console: Console | None = None) -> Iterator[Callable[[int, int], None]]:
+    """A bar for reading a text; yields the callback (tokens done, tokens in all)."""
+    console = console or Console(stderr=True)
+    columns = (
+        TextColumn(what, markup=False),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("tokens"),
+        _Speed(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        TextColumn(f"state {size(state_bytes)}"),
+    )
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+        task = bar.add_task(what, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+@contextmanager
+def training() -> Iterator[Callable[[int, int, float, float], None]]:
+    """A bar for a training run; yields the callback (step, steps, loss, tokens per second)."""
+    console = Console(stderr=True)
+    columns = (
+        TextColumn("step"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.description}"),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+        task = bar.add_task("", total=None)
+
+        def show(step: int, steps: int, loss: float, speed: float) -> None:
+            text = f"loss {loss:.4f}  {speed:,.0f} tokens/s"
+            bar.update(task, completed=step, total=steps, description=text)
+
+        yield show
+
+
+def size(count: int) -> str:
+    """Bytes for people, in decimal units: 1622016 -> "1.6 MB"."""
+    value, unit = float(count), "B"
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if value < 999.5:
+            break
+        value /= 1000
+    return f"{value:.0f} {unit}" if unit == "B" or value >= 100 else f"{value:.1f} {unit}"
+
+
+def read_bytes(path: str) -> bytes:
+    """A file, or standard input for "-". Raises ValueError when it is missing, a directory or empty."""
+    if path == "-":
+        data = sys.stdin.buffer.read()
+    elif Path(path).is_dir():
+        raise ValueError(f"{path} is a directory; name a file")
+    elif not Path(path).exists():
+        raise ValueError(f"no such file: {path}")
+    else:
+        data = Path(path).read_bytes()
+    if not data:
+        raise ValueError(f"{'standard input' if path == '-' else path} is empty: there is nothing to read")
+    return data
+
+
+def check_writable(path: str | None) -> None:
+    """Complain about a save path now, not after an hour of reading. Raises ValueError."""
+    if path is not None:
+        if Path(path).is_dir():
+            raise ValueError(f"cannot save to {path}: it is a directory")
+        if not Path(path).parent.is_dir():
+            raise ValueError(f"cannot save to {path}: the directory {Path(path).parent} does not exist")

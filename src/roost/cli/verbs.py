@@ -1,0 +1,221 @@
+"""The verbs: arguments in, library calls, text out. Each returns an exit code.
+
+Owns: what is printed. Results go to stdout, everything about the run to stderr.
+Refuses to know: how arguments are parsed (cli) and how anything is computed (the library).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from dataclasses import replace
+from importlib.resources import files
+from typing import Any
+
+from roost.cli import terminal
+from roost.inference.sampling import Logprob, Sampling
+from roost.inference.stream import Completion, stream
+from roost.inference.stream import read as read_tokens
+from roost.models.rwkv import RWKV
+from roost.state import State
+from roost.tokenizer import WorldTokenizer
+
+SAMPLING_FLAGS = ("temperature", "top_p", "min_p", "presence", "frequency", "penalty_decay", "top_k", "seed")
+
+
+def load_model(args: argparse.Namespace) -> tuple[RWKV, WorldTokenizer]:
+    """MODEL, --device and --dtype. Raises ValueError as `roost.load`, and for a model without a World vocabulary."""
+    from roost.checkpoint import DTYPES, load
+
+    model, tokenizer = load(args.model, args.device, DTYPES[args.dtype] if args.dtype else None)
+    if tokenizer is None:
+        raise ValueError(
+            f"{args.model} has {model.config.vocab_size} tokens, which is no World vocabulary: roost has no tokenizer"
+            " for it; use roost.load and token ids in Python"
+        )
+    return model, tokenizer
+
+
+def sampling(args: argparse.Namespace, **more: Any) -> Sampling:
+    """--preset and what overrules it."""
+    fields = {name: value for name in SAMPLING_FLAGS if (value := getattr(args, name)) is not None}
+    fields["bans"] = tuple(args.ban or ())
+    fields["stop"] = tuple(text.replace("\\n", "\n").replace("\\t", "\t") for text in args.stop or ())
+    return (Sampling.openai if args.preset == "openai" else Sampling.chatrwkv)(**{**fields, **more})
+
+
+def generate(args: argparse.Namespace) -> int:
+    """Write on from a prompt; Ctrl-C ends the text, and the state of what was written is still saved."""
+    terminal.check_writable(args.save)
+    params = sampling(args, logprobs=args.logprobs or 0)
+    prompt = b"" if args.prompt is None else os.fsencode(args.prompt)
+    if args.prompt == "-":
+        prompt = terminal.read_bytes("-")
+    model, tokenizer = load_model(args)
+    state = State.load(args.state, args.device) if args.state else None
+    if prompt.endswith(b": ") and tokenizer.vocab_size > 257:
+        print("roost: note: the prompt ends in a space, and tokens begin with it: leave it out", file=sys.stderr)
+    with terminal.reading("prompt", model.config.state_bytes) as progress:
+        running = stream(model, tokenizer, prompt, params, max_tokens=args.max_tokens, state=state, progress=progress)
+    status = 0
+    try:
+        for piece in running:
+            if not args.json:
+                print(piece, end="", flush=True)
+    except KeyboardInterrupt:
+        status = 130
+    found = running.close()
+    if args.save:
+        found.state.save(args.save)
+    print(json.dumps(_as_json(found), ensure_ascii=False) if args.json else "")
+    return status
+
+
+def read(args: argparse.Namespace) -> int:
+    """Read a file into a state, and say how fast; with --score also bits per byte."""
+    if not args.save and not args.score:
+        raise ValueError("what for? give --save FILE to keep the state, or --score to see bits per byte")
+    terminal.check_writable(args.save)
+    data = terminal.read_bytes(args.file)
+    model, tokenizer = load_model(args)
+    state = State.load(args.state, args.device) if args.state else None
+    started, line = time.perf_counter(), ""
+    with terminal.reading("reading", model.config.state_bytes) as progress:
+        if args.score:
+            from roost.evaluation.loss import bits_per_byte
+
+            score = bits_per_byte(model, tokenizer, data, state, chunk=args.chunk, progress=progress)
+            tokens, state, line = score.tokens, score.state, f"; {score.bits_per_byte:.4f} bits per byte"
+        else:
+            ids = tokenizer.encode(data)
+            tokens = len(ids)
+            _, state = read_tokens(model, ids, state, chunk=args.chunk, progress=progress)
+    seconds = time.perf_counter() - started
+    if args.save:
+        state.save(args.save)
+        line += f"; state ({terminal.size(state.nbytes)}) saved to {args.save}"
+    print(f"{tokens:,} tokens ({len(data):,} bytes) in {seconds:.1f} s, {tokens / seconds:,.0f} tokens/s{line}")
+    return 0
+
+
+def chat(args: argparse.Namespace) -> int:
+    """Talk with a model."""
+    from roost.chat import STOP
+    from roost.cli.chat import Session, converse
+
+    stop = STOP["paragraphs" if args.paragraphs else "strict"]
+    params = sampling(args)
+    params = replace(params, min_tokens=1, stop=(*stop, *params.stop))
+    model, tokenizer = load_model(args)
+    state = State.load(args.state, args.device) if args.state else None
+    converse(Session(model, tokenizer, params, max_tokens=args.max_tokens, system=args.system, state=state))
+    return 0
+
+
+def info(args: argparse.Namespace) -> int:
+    """What a checkpoint is."""
+    from roost.checkpoint import info as look
+
+    lines = look(args.model).lines()
+    width = max(len(what) for what, _ in lines)
+    for what, value in lines:
+        print(f"{what:<{width}}  {value}")
+    return 0
+
+
+def convert(args: argparse.Namespace) -> int:
+    """Write a checkpoint in another form."""
+    from roost.checkpoint import DTYPES
+    from roost.checkpoint import convert as write
+
+    print(f"wrote {write(args.source, args.target, to=args.to, dtype=DTYPES[args.dtype] if args.dtype else None)}")
+    return 0
+
+
+def verify(args: argparse.Namespace) -> int:
+    """Compare with the oracle on real text; exit code 1 names the first tensor that differs."""
+    from roost.checkpoint import DTYPES
+    from roost.checkpoint import info as look
+    from roost.evaluation.verify import verify as compare
+
+    if args.tokens < 1:
+        raise ValueError(f"--tokens is {args.tokens}; it must be at least 1")
+    verdict = compare(args.model, _real_text(look(args.model).config.vocab_size, args.tokens), DTYPES[args.dtype])
+    width = max(len(one.name) for one in verdict.tensors)
+    for one in verdict.tensors:
+        print(f"{one.name:<{width}}  {one.error:9.2e}  {'agrees' if one.agrees else 'DIFFERS'}")
+    if verdict.first is not None:
+        print(f"the first tensor that differs is {verdict.first.name}")
+    elif not verdict.argmax_agrees:
+        print("the logits agree within the tolerance, but the most probable token does not")
+    else:
+        print(f"all {len(verdict.tensors)} tensors agree with the oracle over {args.tokens} tokens")
+    return int(verdict.first is not None or not verdict.argmax_agrees)
+
+
+def train(args: argparse.Namespace) -> int:
+    """Train as a recipe says."""
+    from roost.training.recipe import run_recipe
+
+    overrides: dict[str, Any] = {}
+    for setting in args.set or ():
+        key, equals, value = setting.partition("=")
+        if not equals:
+            raise ValueError(f"--set {setting!r} must be of the form KEY=VALUE")
+        overrides[key] = _literal(value)
+    with terminal.training() as show:
+        final = run_recipe(
+            args.recipe,
+            overrides,
+            resume=args.resume,
+            device=args.device,
+            progress=lambda at: show(at.step, at.steps, at.loss, at.tokens_per_second),
+        )
+    print(f"wrote {final}")
+    return 0
+
+
+def demo(args: argparse.Namespace) -> int:
+    """The demonstration of `make demo`."""
+    from roost.cli.demo import run
+
+    return run(args.model, args.file)
+
+
+def _real_text(vocab: int, count: int) -> list[int]:
+    """Ids of the document that ships, in the model's own vocabulary where roost knows it."""
+    data = (files("roost") / "assets" / "example.txt").read_bytes()
+    if vocab == 257 or vocab >= 65536:
+        ids = (WorldTokenizer.byte_level() if vocab == 257 else WorldTokenizer()).encode(data)
+    else:
+        ids = [byte * 256 % vocab + 1 for byte in data]
+    if count > len(ids):
+        raise ValueError(f"--tokens is {count}, but the document that ships has only {len(ids)} tokens")
+    return ids[:count]
+
+
+def _literal(value: str) -> Any:
+    try:
+        return json.loads(value)
+    except json.JSONDecodeError:
+        return value  # a bare word is a string
+
+
+def _as_json(found: Completion) -> dict[str, Any]:
+    def entry(one: Logprob) -> dict[str, Any]:
+        return {"id": one.id, "bytes": list(one.bytes), "logprob": one.logprob}
+
+    return {
+        "text": found.text,
+        "tokens": found.tokens,
+        "finish_reason": found.finish_reason,
+        "usage": {
+            "prompt_tokens": found.usage.prompt_tokens,
+            "completion_tokens": found.usage.completion_tokens,
+        },
+        "seed": found.seed,
+        "logprobs": [{**entry(one.token), "top": [entry(other) for other in one.top]} for one in found.logprobs],
+    }

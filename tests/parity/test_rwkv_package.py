@@ -1,0 +1,97 @@
+"""Files that roost writes, read by the `rwkv` package: both compute the same logits on real text.
+
+The package reads the first half in one call and the rest token by token, its two code paths. It guesses the version from
+the order of the keys, so that order is tested too. It runs alone because it reads the environment when it is imported.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from checkpoints import BonusName, Version, make_checkpoint
+from roost import checkpoint
+
+CASES: dict[str, tuple[Version, BonusName | None, bool]] = {
+    "4": ("4", None, False),
+    "5.0": ("5.0", "time_first", False),
+    "5.0-raw": ("5.0", "time_faaaa", False),
+    "5.1": ("5.1", "time_faaaa", False),
+    "5.1-exp": ("5.1", "time_first", False),
+    "5.2": ("5.2", None, False),
+    "6": ("6", None, False),
+    "6-state": ("6", None, True),
+    "upcycled": ("5.2", None, False),
+}
+READ_AS = {"5.1": 5.2, "5.1-exp": 5.2, "upcycled": 6.0}
+"""5.1 is written as the 5.2 it equals."""
+SPLIT = 150
+
+PACKAGE = """
+import sys, torch
+torch.set_num_threads(1)
+from rwkv.model import RWKV
+tokens, out = torch.load(sys.argv[1], weights_only=True).tolist(), {}
+for path in sys.argv[4:]:
+    model = RWKV(path, "cpu fp32", verbose=False)
+    logits, state = model.forward(tokens[:int(sys.argv[2])], None, full_output=True)
+    rows = [logits]
+    for token in tokens[int(sys.argv[2]):]:
+        logits, state = model.forward([token], state)
+        rows.append(logits[None])
+    out[path] = torch.cat(rows), torch.tensor(model.version)
+torch.save(out, sys.argv[3])
+"""
+
+
+def text() -> Tensor:
+    """300 byte tokens of the Universal Declaration, 100 from each of three languages."""
+    lines = (Path(checkpoint.__file__).parent / "assets/udhr_subset.jsonl").read_text(encoding="utf-8").splitlines()
+    articles = ["\n".join(json.loads(line)["articles"]).encode()[:100] for line in lines[:: len(lines) // 3][:3]]
+    return torch.tensor([byte + 1 for byte in b"".join(articles)])
+
+
+@pytest.fixture(scope="module")
+def package(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Tensor, float]]:
+    """Per case: the file that was given to `roost.load`, the package's logits for what roost wrote, its version."""
+    pytest.importorskip("rwkv")
+    folder = tmp_path_factory.mktemp("package")
+    torch.save(text(), folder / "tokens.pt")
+    given = {}
+    for seed, (case, (version, bonus_name, time_state)) in enumerate(CASES.items()):
+        given[case] = folder / f"given-{case}.pth"
+        torch.save(make_checkpoint(version, bonus_name=bonus_name, time_state=time_state, seed=seed), given[case])
+        if case == "upcycled":
+            checkpoint.convert(given[case], folder / f"{case}.pth", to="finch")
+        else:
+            checkpoint.load(given[case])[0].save(folder / f"{case}.pth")
+    paths = {case: str(folder / case) for case in CASES}
+    subprocess.run(
+        [sys.executable, "-c", PACKAGE, str(folder / "tokens.pt"), str(SPLIT), str(folder / "out.pt"), *paths.values()],
+        env={**os.environ, "RWKV_JIT_ON": "0", "RWKV_CUDA_ON": "0"},
+        check=True,
+        capture_output=True,
+        timeout=300,
+    )
+    out = torch.load(folder / "out.pt", weights_only=True)
+    return {case: (given[case], out[path][0], round(float(out[path][1]), 1)) for case, path in paths.items()}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_logits(case: str, package: dict[str, tuple[Path, Tensor, float]]) -> None:
+    path, theirs, version = package[case]
+    model, _ = checkpoint.load(path)
+    with torch.no_grad():
+        ours = model(text()[None])[0][0]
+    assert version == READ_AS.get(case, float(CASES[case][0]))
+    assert ours.shape == theirs.shape == (300, 300)
+    difference = float((ours - theirs).abs().max() / ours.std())
+    print(f"RWKV-{case}: largest difference {difference:.1e} of the logits' standard deviation")
+    assert difference <= 2e-4 and torch.equal(ours.argmax(-1), theirs.argmax(-1))
