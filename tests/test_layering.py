@@ -22,7 +22,6 @@ LAYERS = [
     {"", "cli", "__main__"},
 ]  # "" is the public face, roost/__init__.py
 OPTIONAL = {"huggingface_hub", "transformers", "rich", "matplotlib", "triton"}
-EDGES = {"roost.cli", "roost.__main__"}
 
 TREES = {
     ".".join(path.relative_to(ROOT / "src").with_suffix("").parts).removesuffix(".__init__"): ast.parse(
@@ -31,6 +30,7 @@ TREES = {
     for path in sorted((ROOT / "src/roost").rglob("*.py"))
 }
 MODULES = sorted(TREES)
+EDGES = {module for module in MODULES if module.split(".")[1:2] in (["cli"], ["__main__"])}
 FILES = sorted(
     path
     for place in ("src", "tests", "benchmarks", "recipes", "examples", "tools")

@@ -99,6 +99,7 @@ class _Opened:
     dialect: str
     config: ModelConfig
     stored: dict[str, Tensor]
+    named: dict[str, Tensor]  # official names, before upgrades
     weights: dict[str, Tensor]  # after upgrades, in the trainer's key order
     model: RWKV  # on the meta device
 
@@ -136,6 +137,11 @@ def load(
     model.load_state_dict(weights, assign=True)
     model.fingerprint = fingerprint_of(opened.config, opened.weights)
     return model, _tokenizer(opened.config.vocab_size)
+
+
+def stored_weights(x: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """The tensors of a checkpoint under official names, shapes and dtypes as stored, nothing upgraded; else as `load`."""
+    return _open(resolve(x, None, None)).named
 
 
 def info(
@@ -256,7 +262,7 @@ def _open(path: Path) -> _Opened:
         dialect, weights = "fla", fla.to_official(stored, where)
     version = official.version_of(weights, where)
     config = official.config_of(weights, version, where)
-    weights = official.upgrade(weights, version, config)
+    named, weights = weights, official.upgrade(weights, version, config)
     model = RWKV(config, device="meta")
     expected = model.state_dict()
     official.check(weights, expected, version, where)
@@ -266,7 +272,7 @@ def _open(path: Path) -> _Opened:
             " a 16-bit model is saved after generating. If so, multiply those of layer l by 2 ** (l // 6)",
             stacklevel=3,
         )
-    return _Opened(path, version, dialect, config, stored, {name: weights[name] for name in expected}, model)
+    return _Opened(path, version, dialect, config, stored, named, {name: weights[name] for name in expected}, model)
 
 
 def _dtypes(weights: dict[str, Tensor]) -> dict[str, torch.dtype]:

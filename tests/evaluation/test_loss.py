@@ -6,11 +6,11 @@ import math
 
 import pytest
 import torch
-from tiny import tiny_model
 
 from roost.evaluation.loss import bits_per_byte
 from roost.inference.stream import read
 from roost.tokenizer import WorldTokenizer
+from tiny import tiny_model
 
 BYTES = WorldTokenizer.byte_level()
 TEXT = "Alle Menschen sind frei und gleich an Würde und Rechten geboren.\x00"
@@ -35,12 +35,12 @@ def test_chunks_do_not_matter(name: str) -> None:
     whole = bits_per_byte(model, BYTES, TEXT)
     _, expected = read(model, [0, *BYTES.encode(TEXT)])
     for chunk in (1, 7, len(TEXT.encode()), len(TEXT.encode()) + 1):
-        calls: list[tuple[int, int]] = []
-        part = bits_per_byte(model, BYTES, TEXT, chunk=chunk, progress=lambda done, total: calls.append((done, total)))
+        calls: dict[int, int] = {}
+        part = bits_per_byte(model, BYTES, TEXT, chunk=chunk, progress=calls.__setitem__)
         assert part.bits == pytest.approx(whole.bits, rel=1e-5)
         torch.testing.assert_close(part.state.layers[-1].wkv, expected.layers[-1].wkv, atol=1e-4, rtol=1e-4)
         assert part.state.tokens == (part.tokens + 1,)
-        assert calls[-1] == (part.tokens, part.tokens)
+        assert list(calls.items())[-1] == (part.tokens, part.tokens)
 
 
 def test_fresh_head_knows_nothing() -> None:

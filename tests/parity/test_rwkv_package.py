@@ -1,7 +1,7 @@
 """Files that roost writes, read by the `rwkv` package: both compute the same logits on real text.
 
-The package reads the first half in one call and the rest token by token, its two code paths. It guesses the version from
-the order of the keys, so that order is tested too. It runs alone because it reads the environment when it is imported.
+The package reads the first half in one call and the rest token by token, its two code paths. It guesses the version
+from the order of the keys, so that is tested too. It runs alone because it reads the environment when it is imported.
 """
 
 from __future__ import annotations
@@ -84,6 +84,7 @@ def package(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, T
     return {case: (given[case], out[path][0], round(float(out[path][1]), 1)) for case, path in paths.items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_logits(case: str, package: dict[str, tuple[Path, Tensor, float]]) -> None:
     path, theirs, version = package[case]

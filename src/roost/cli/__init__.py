@@ -41,10 +41,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in given
     for file in (sys.stdin, sys.stdout, sys.stderr):
-        if isinstance(file, TextIOWrapper):
+        if isinstance(file, TextIOWrapper) and file.errors != "replace":
             file.reconfigure(errors="replace")  # text is data here; a terminal that lacks a character is no error
     try:
         with warnings.catch_warnings():
+            warnings.simplefilter("default", UserWarning)
             warnings.showwarning = _show_warning
             status = _run([word for word in given if word != "--debug"])
             sys.stdout.flush()
@@ -67,11 +68,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(given: list[str]) -> int:
-    name = next((word for word in given if not word.startswith("-")), None)
-    if name is None or given[0] != name:
-        _top().parse_args(given)
-        _top().print_help()
+    if not given or given[0].startswith("-"):
+        top = _top()
+        _, unknown = top.parse_known_args(given)
+        _refuse(top, unknown)
+        top.print_help()
         return 0
+    name = given[0]
     if name not in VERBS:
         raise ValueError(f"no command {name!r}; did you mean {_nearest(name, VERBS)!r}? (try: roost --help)")
     verb = VERBS[name]
@@ -79,13 +82,16 @@ def _run(given: list[str]) -> int:
     verb.arguments(parser)
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     args, unknown = parser.parse_known_intermixed_args(given[1:])
+    _refuse(parser, unknown)
+    return verb.run(args)
+
+
+def _refuse(parser: argparse.ArgumentParser, unknown: Sequence[str]) -> None:
     for word in unknown:
         if not word.startswith("-"):
-            raise ValueError(f"unexpected argument {word!r} (try: roost {name} --help)")
+            parser.error(f"unexpected argument {word!r}")
         flags = [flag for action in parser._actions for flag in action.option_strings]  # pyright: ignore[reportPrivateUsage]  (there is no public list)
-        near = _nearest(word.partition("=")[0], flags)
-        raise ValueError(f"roost {name} has no option {word}; did you mean {near}? (try: roost {name} --help)")
-    return verb.run(args)
+        parser.error(f"no option {word}; did you mean {_nearest(word.partition('=')[0], flags)}?")
 
 
 def _top() -> argparse.ArgumentParser:

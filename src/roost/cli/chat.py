@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import difflib
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
+from importlib import import_module
 
 from rich.console import Console
 from torch import Tensor
@@ -37,7 +38,7 @@ HELP = """\
 COMMANDS = ("/retry", "++", "/undo", "/reset", "/system", "/save", "/load", "/help", "/quit")
 
 
-@dataclass
+@dataclass(eq=False)
 class Turn:
     """One message and its answers."""
 
@@ -107,7 +108,7 @@ class Session:
         else:
             turn.replies.append(found)
             turn.chosen = len(turn.replies) - 1
-        if turn not in self.turns[-1:]:
+        if not self.turns or self.turns[-1] is not turn:
             self.turns.append(turn)
 
     @property
@@ -220,7 +221,7 @@ def _speak(session: Session, console: Console, turn: Turn, *, instead: bool = Fa
 
 
 @contextmanager
-def _stoppable(console: Console) -> Iterator[None]:
+def _stoppable(console: Console) -> Generator[None, None, None]:
     try:
         yield
     except KeyboardInterrupt:
@@ -231,5 +232,5 @@ def _standard_input(console: Console) -> Callable[[], str]:
     if not sys.stdin.isatty():
         return input
     with suppress(ImportError):  # line editing where the platform has it
-        import readline  # noqa: F401
+        import_module("readline")
     return lambda: console.input("> ")

@@ -7,7 +7,7 @@ Refuses to know: models, and what is being read.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -23,7 +23,9 @@ class _Speed(ProgressColumn):
 
 
 @contextmanager
-def reading(what: str, state_bytes: int, console: Console | None = None) -> Iterator[Callable[[int, int], None]]:
+def reading(
+    what: str, state_bytes: int, console: Console | None = None
+) -> Generator[Callable[[int, int], None], None, None]:
     """A bar for reading a text; yields the callback (tokens done, tokens in all)."""
     console = console or Console(stderr=True)
     columns = (
@@ -42,7 +44,7 @@ def reading(what: str, state_bytes: int, console: Console | None = None) -> Iter
 
 
 @contextmanager
-def training() -> Iterator[Callable[[int, int, float, float], None]]:
+def training() -> Generator[Callable[[int, int, float, float], None], None, None]:
     """A bar for a training run; yields the callback (step, steps, loss, tokens per second)."""
     console = Console(stderr=True)
     columns = (
@@ -65,12 +67,11 @@ def training() -> Iterator[Callable[[int, int, float, float], None]]:
 
 def size(count: int) -> str:
     """Bytes for people, in decimal units: 1622016 -> "1.6 MB"."""
-    value, unit = float(count), "B"
-    for unit in ("B", "kB", "MB", "GB", "TB"):
-        if value < 999.5:
-            break
+    value, units = float(count), ["TB", "GB", "MB", "kB", "B"]
+    while value >= 999.5 and len(units) > 1:
         value /= 1000
-    return f"{value:.0f} {unit}" if unit == "B" or value >= 100 else f"{value:.1f} {unit}"
+        units.pop()
+    return f"{value:.{0 if value >= 99.95 or units[-1] == 'B' else 1}f} {units[-1]}"
 
 
 def read_bytes(path: str) -> bytes:

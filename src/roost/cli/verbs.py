@@ -191,7 +191,7 @@ def _real_text(vocab: int, count: int) -> list[int]:
     if vocab == 257 or vocab >= 65536:
         ids = (WorldTokenizer.byte_level() if vocab == 257 else WorldTokenizer()).encode(data)
     else:
-        ids = [byte * 256 % vocab + 1 for byte in data]
+        ids = [byte * 256 % (vocab - 1) + 1 for byte in data]
     if count > len(ids):
         raise ValueError(f"--tokens is {count}, but the document that ships has only {len(ids)} tokens")
     return ids[:count]

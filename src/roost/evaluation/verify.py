@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from roost.checkpoint import load, raw_weights
+from roost.checkpoint import load, stored_weights
 from roost.evaluation import oracle
 from roost.models.rwkv import RWKV
 
@@ -48,7 +48,7 @@ def verify(path: str | os.PathLike[str], tokens: Sequence[int], dtype: torch.dty
         raise ValueError("verify needs at least one token")
     model, _ = load(path, dtype=dtype)
     traced: dict[str, np.ndarray] = {}
-    weights = {name: value.float().numpy() for name, value in raw_weights(path).items()}
+    weights = {name: value.float().numpy() for name, value in stored_weights(path).items()}
     logits, _ = oracle.forward(weights, tokens, trace=traced.__setitem__)
     with torch.no_grad(), _recording(model) as seen:
         seen["logits"] = model(torch.tensor([list(tokens)]))[0]

@@ -29,7 +29,9 @@ from roost.training.validation import Held, validate
 class Batches(Protocol):
     """What the loop needs of data: a pure function from step to (inputs, targets), both (B, T) int64."""
 
-    def batch_at(self, step: int) -> tuple[Tensor, Tensor]: ...
+    def batch_at(self, step: int) -> tuple[Tensor, Tensor]:
+        """The batch of one step, the same every time."""
+        ...
 
 
 class Progress(NamedTuple):
