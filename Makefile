@@ -7,9 +7,7 @@ INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c co
 .PHONY: demo test check bench clean
 
 demo: .venv/installed
-	@mkdir -p runs && $(BIN)/roost read nestling src/roost/assets/example.txt --save runs/demo.state
-	@$(BIN)/roost generate nestling --state runs/demo.state --max-tokens 200 --seed 1
-
+	@$(BIN)/roost demo
 test: .venv/installed-test
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 $(TESTFLAGS)
 
@@ -17,10 +15,11 @@ check: .venv/installed-dev
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/pyright && $(BIN)/python -m pytest -q tests/test_layering.py
 
 bench: .venv/installed
+	@mkdir -p runs
 	@for script in wkv generate; do $(BIN)/python benchmarks/$$script.py --out runs/bench-$$script.json || exit 1; done
 
 clean:
-	rm -rf .venv runs .pytest_cache .ruff_cache .hypothesis .coverage*
+	rm -rf .venv .pytest_cache .ruff_cache .hypothesis .coverage*
 
 .venv/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "roost needs Python >= 3.10: make PYTHON=python3.11")'

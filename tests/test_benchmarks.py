@@ -41,6 +41,14 @@ def test_wkv_quick(tmp_path: Path) -> None:
         assert row["speedup"] == pytest.approx(row["reference"]["median_s"] / row["chunked"]["median_s"], rel=0.01)
 
 
+def test_generate_quick(tmp_path: Path) -> None:
+    out = tmp_path / "generate.json"
+    command = [sys.executable, str(FOLDER / "generate.py"), "--quick", "--threads", "1", "--out", str(out)]
+    subprocess.run(command, check=True, cwd=tmp_path)
+    result = json.loads(out.read_text())
+    assert result["benchmark"] == "generate" and result["rows"] and result["stamp"]["torch"]
+
+
 def test_variants_take_turns_and_the_first_call_is_not_measured(common: ModuleType) -> None:
     calls: list[str] = []
     times = common.alternate({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, rounds=2)

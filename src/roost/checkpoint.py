@@ -140,7 +140,7 @@ def load(
 
 
 def stored_weights(x: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """The tensors of a checkpoint under official names, shapes and dtypes as stored, nothing upgraded; else as `load`."""
+    """The tensors of a checkpoint under official names, shapes and dtypes as stored, nothing upgraded; see `load`."""
     return _open(resolve(x, None, None)).named
 
 

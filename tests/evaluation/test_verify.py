@@ -29,7 +29,8 @@ def test_every_layer_agrees(checkpoint: Path) -> None:
     assert names[:4] == ["emb", "ln0", "blocks.0.att", "blocks.0.ffn"] and names[-2:] == ["ln_out", "logits"]
     assert verdict.first is None and verdict.argmax_agrees
     assert max(tensor.error for tensor in verdict.tensors) < 1e-4
-    assert max(tensor.error for tensor in verify(checkpoint, TEXT, torch.float64).tensors) < 1e-10
+    exact = 1e-6 if checkpoint.stem == "v5.0" else 1e-11  # the exponential of 5.0's time_first is kept in fp32
+    assert max(tensor.error for tensor in verify(checkpoint, TEXT, torch.float64).tensors) < exact
 
 
 def test_names_the_first_wrong_tensor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -81,6 +81,9 @@ def test_min_p_and_top_k_ties() -> None:
     np.testing.assert_allclose(probabilities(z, Sampling(top_k=2)), np.array([5, 2, 0, 0]) / 7)
     hot = Sampling(temperature=1e9, min_p=0.9, order="temperature_first")
     np.testing.assert_allclose(probabilities(z, hot), [0.25] * 4, rtol=1e-6)
+    even = Sampling(top_k=3, order="temperature_first")
+    np.testing.assert_allclose(probabilities(np.zeros(5), even), np.array([1, 1, 1, 0, 0]) / 3)
+    np.testing.assert_allclose(probabilities(np.zeros(5), Sampling(top_k=3)), np.array([1, 1, 1, 0, 0]) / 3)
 
 
 @given(
@@ -147,6 +150,17 @@ def test_draws_follow_the_distribution_and_nothing_else() -> None:
     numbers = {uniform(seed, step) for seed in (0, 1, 2**64 - 1) for step in range(1000)}
     assert len(numbers) == 3000 and min(numbers) >= 0 and max(numbers) < 1
     assert (uniform(0, 0), uniform(7, 3)) == (0.011546754286331562, 0.44205212947108785)  # in every version
+
+
+@given(p=st.lists(st.sampled_from([0.0, 1.0, 2.0, 3.5]), min_size=1, max_size=12).filter(any), seed=st.integers(0, 99))
+def test_draw_is_the_inverse_cdf_in_falling_order_with_ties_by_id(p: list[float], seed: int) -> None:
+    order = sorted((id for id in range(len(p)) if p[id]), key=lambda id: (-p[id], id))
+    target, passed = uniform(seed, 3) * sum(p), 0.0
+    for id in order:
+        passed += p[id]
+        if passed > target:
+            break
+    assert draw(np.array(p), seed, 3) == id
 
 
 def test_draw_survives_rounding() -> None:

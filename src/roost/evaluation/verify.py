@@ -19,8 +19,10 @@ from roost.checkpoint import load, stored_weights
 from roost.evaluation import oracle
 from roost.models.rwkv import RWKV
 
-TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-4, torch.bfloat16: 0.1, torch.float16: 0.02}
-"""Largest |difference| / standard deviation of the oracle's tensor that counts as equal, per dtype computed in."""
+TOLERANCE = {torch.float64: 1e-6, torch.float32: 2e-4, torch.bfloat16: 0.1, torch.float16: 0.02}
+"""Largest |difference| / standard deviation of the oracle's tensor that counts as equal, per dtype computed in.
+
+fp64 is bounded by exp(time_first) of an RWKV-5.0 or 5.1 file, which is computed and kept in fp32."""
 
 
 class Compared(NamedTuple):

@@ -196,11 +196,12 @@ def probabilities(
 
 def draw(p: NDArray[np.float64], seed: int, step: int) -> int:
     """One id from `p` (V,): the inverse CDF, most probable first, at the uniform number of (seed, step)."""
-    ids = np.flatnonzero(p)
-    ids = ids[np.argsort(-p[ids], kind="stable")]
-    cumulative = np.cumsum(p[ids])
+    falling = -np.sort(-p[p > 0])
+    cumulative = np.cumsum(falling)
     at = int(np.searchsorted(cumulative, uniform(seed, step) * float(cumulative[-1]), side="right"))
-    return int(ids[min(at, len(ids) - 1)])
+    at = min(at, falling.size - 1)
+    before = int(np.count_nonzero(falling > falling[at]))  # the others in front of it are its equals, by id
+    return int(np.flatnonzero(p == falling[at])[at - before])
 
 
 def uniform(seed: int, step: int) -> float:
@@ -243,14 +244,13 @@ def uncounted_ids(tokenizer: WorldTokenizer) -> frozenset[int]:
 def _temperature_last(z: NDArray[np.float64], params: Sampling) -> NDArray[np.float64]:
     q = np.exp(z)
     q /= q.sum()
-    order = np.argsort(-z, kind="stable")
     if params.top_p < 1:
-        sorted_q = q[order]
-        at = int(np.searchsorted(np.cumsum(sorted_q), params.top_p))
+        falling = -np.sort(-q)
+        at = int(np.searchsorted(np.cumsum(falling), params.top_p))
         if at < q.size:  # what ties with the token that crosses top_p stays
-            q[q < sorted_q[at]] = 0
+            q[q < falling[at]] = 0
     if params.top_k:
-        q[order[params.top_k :]] = 0
+        _keep_best(q, params.top_k)
     q[q < params.min_p * q.max()] = 0
     if params.temperature != 1:
         kept = q > 0
@@ -261,15 +261,24 @@ def _temperature_last(z: NDArray[np.float64], params: Sampling) -> NDArray[np.fl
 
 def _temperature_first(z: NDArray[np.float64], params: Sampling) -> NDArray[np.float64]:
     q = np.exp(z / params.temperature)
-    order = np.argsort(-z, kind="stable")
     if params.top_k:
-        q[order[params.top_k :]] = 0
+        _keep_best(q, params.top_k)
     q /= q.sum()
     if params.top_p < 1:
-        crossing = int(np.searchsorted(np.cumsum(q[order]), params.top_p))
-        q[order[crossing + 1 :]] = 0
+        crossing = int(np.searchsorted(np.cumsum(-np.sort(-q)), params.top_p))
+        _keep_best(q, crossing + 1)
     q[q < params.min_p * q.max()] = 0
     return q / q.sum()
+
+
+def _keep_best(q: NDArray[np.float64], count: int) -> None:
+    """Zero all but the `count` largest; of equals the lower ids stay."""
+    if count < q.size:
+        cutoff = np.partition(q, q.size - count)[q.size - count]
+        q[q < cutoff] = 0
+        equal = np.flatnonzero(q == cutoff)
+        surplus = int(np.count_nonzero(q >= cutoff)) - count
+        q[equal[equal.size - surplus :]] = 0
 
 
 def _strict(z: NDArray[Any], params: Sampling) -> NDArray[np.float64]:
