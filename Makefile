@@ -8,6 +8,7 @@ INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c co
 
 demo: .venv/installed
 	@$(BIN)/roost demo
+
 test: .venv/installed-test
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 $(TESTFLAGS)
 

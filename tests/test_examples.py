@@ -6,6 +6,7 @@ import runpy
 from pathlib import Path
 
 import pytest
+
 from tiny import tiny_model
 
 EXAMPLES = sorted((Path(__file__).parents[1] / "examples").glob("*.py"))

@@ -23,7 +23,7 @@ from torch import Tensor
 from roost.config import ModelConfig
 from roost.files import replacing
 from roost.formats import fla, huggingface, official, storage
-from roost.formats.locate import resolve
+from roost.formats.locate import ASSETS, resolve
 from roost.formats.official import LABELS, Version
 from roost.formats.upcycle import upcycle
 from roost.models.rwkv import RWKV, fingerprint_of, official_weights, save_weights
@@ -119,6 +119,7 @@ def load(
             "owner/name/file.pth". A path that exists comes first.
     dtype   None keeps the file's: decay, bonus, maa, ln_x and time_state as they are stored (they are used in fp32
             anyway), all other tensors in the widest dtype found among them. Otherwise every tensor is converted.
+            A model that ships is stored in bf16 and loads in fp32: many CPUs have no bf16 arithmetic.
     endpoint, cache_dir   the hub to ask and where to keep its files; None = huggingface_hub's own
 
     RWKV-5.0 and 5.1 load as Eagle, exactly. Tokenizer: the World tokenizer for 65536 ids or more, bytes for 257, and
@@ -130,7 +131,10 @@ def load(
     target = _device(device)
     if dtype is not None and dtype not in DTYPES.values():
         raise ValueError(f"dtype is {dtype}; it must be one of {', '.join(str(known) for known in DTYPES.values())}")
-    opened = _open(resolve(x, endpoint, cache_dir))
+    path = resolve(x, endpoint, cache_dir)
+    if dtype is None and path.parent == ASSETS:
+        dtype = torch.float32
+    opened = _open(path)
     model = opened.model
     wanted = _dtypes(opened.weights) if dtype is None else dict.fromkeys(opened.weights, dtype)
     weights = {name: value.to(target, wanted[name]) for name, value in opened.weights.items()}

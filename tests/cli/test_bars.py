@@ -25,3 +25,18 @@ def test_nothing_is_drawn_where_there_is_no_terminal(capsys: pytest.CaptureFixtu
     with terminal.training() as show:
         show(1, 2, 3.5, 1000.0)
     assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [
+        (0, "0 B"),
+        (999, "999 B"),
+        (1000, "1.0 kB"),
+        (1_622_016, "1.6 MB"),
+        (99_960_000, "100 MB"),
+        (3 * 10**15, "3000 TB"),
+    ],
+)
+def test_sizes(count: int, text: str) -> None:
+    assert terminal.size(count) == text

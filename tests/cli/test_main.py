@@ -15,7 +15,7 @@ import torch
 from checkpoints import make_checkpoint
 from roost import cli
 from roost.checkpoint import load
-from roost.cli import main, terminal, verbs
+from roost.cli import main, verbs
 from roost.evaluation.loss import bits_per_byte
 from roost.inference.sampling import Sampling
 from roost.inference.stream import generate, read
@@ -338,18 +338,3 @@ def test_as_a_process(model: str, tmp_path: Path) -> None:
         writer.stdout.close()
         complaints = writer.stderr.read()
     assert (writer.returncode, complaints) == (141, b"")
-
-
-@pytest.mark.parametrize(
-    ("count", "text"),
-    [
-        (0, "0 B"),
-        (999, "999 B"),
-        (1000, "1.0 kB"),
-        (1_622_016, "1.6 MB"),
-        (99_960_000, "100 MB"),
-        (3 * 10**15, "3000 TB"),
-    ],
-)
-def test_sizes(count: int, text: str) -> None:
-    assert terminal.size(count) == text

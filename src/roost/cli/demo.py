@@ -20,7 +20,7 @@ from rich.table import Table
 from roost.cli.terminal import read_bytes, reading, size
 from roost.evaluation.loss import Score, bits_per_byte
 
-PROMPT = "\nEveryone has the right"
+PROMPT = "\nEveryone has the right to"
 
 
 def run(name: str, path: str | None, console: Console | None = None) -> int:
