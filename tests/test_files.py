@@ -34,6 +34,24 @@ def test_replaces_with_ordinary_permissions(tmp_path: Path) -> None:
     assert target.stat().st_mode & 0o777 == 0o666 & ~mask
 
 
+def test_links_permissions_and_long_names(tmp_path: Path) -> None:
+    real, link = tmp_path / "real", tmp_path / "link"
+    real.write_bytes(b"old")
+    real.chmod(0o600)
+    link.symlink_to(real)
+    with replacing(link) as temporary:
+        temporary.write_bytes(b"new")
+    assert link.is_symlink() and real.read_bytes() == b"new" and real.stat().st_mode & 0o777 == 0o600
+    with replacing(tmp_path / ("n" * 255)) as temporary:
+        temporary.write_bytes(b"x")
+
+
+def test_only_files_are_replaced(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ValueError, match="not a regular file"), replacing(tmp_path / "pipe"):
+        pass
+
+
 def test_no_directory(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="does not exist"), replacing(tmp_path / "no" / "a"):
         pass

@@ -100,8 +100,10 @@ def test_rows() -> None:
         state.select([-1])
     with pytest.raises(ValueError, match="at least one"):
         State.cat([])
-    with pytest.raises(ValueError, match="different models"):
-        State.cat([state, filled(1, fingerprint="e" * 64)])
+    other = State.zeros(PRESETS["dove-tiny"]), State.zeros(PRESETS["finch-tiny"], dtype=torch.bfloat16)
+    for stranger in (filled(1, fingerprint="e" * 64), *other):
+        with pytest.raises(ValueError, match="differ in model, dtype or device"):
+            State.cat([state, stranger])
     with pytest.raises(ValueError, match="batch is -1"):
         State.zeros(PRESETS["finch-tiny"], -1)
 

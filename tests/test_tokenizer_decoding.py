@@ -157,3 +157,4 @@ def test_streams_by_example() -> None:
         strict.push(24281)
     with pytest.raises(ValueError, match="unexpected end of data"):
         strict.flush()
+    assert strict.push(24281) == "User"

@@ -119,7 +119,8 @@ def load(
             "owner/name/file.pth". A path that exists comes first.
     dtype   None keeps the file's: decay, bonus, maa, ln_x and time_state as they are stored (they are used in fp32
             anyway), all other tensors in the widest dtype found among them. Otherwise every tensor is converted.
-            A model that ships is stored in bf16 and loads in fp32: many CPUs have no bf16 arithmetic.
+            A model that ships is stored in bf16 and loads in fp32: many CPUs have no bf16 arithmetic. fp16 files load
+            in fp32 too, and fp16 is refused: without rescaling, the residual stream of real models overflows there.
     endpoint, cache_dir   the hub to ask and where to keep its files; None = huggingface_hub's own
 
     RWKV-5.0 and 5.1 load as Eagle, exactly. Tokenizer: the World tokenizer for 65536 ids or more, bytes for 257, and
@@ -131,6 +132,8 @@ def load(
     target = _device(device)
     if dtype is not None and dtype not in DTYPES.values():
         raise ValueError(f"dtype is {dtype}; it must be one of {', '.join(str(known) for known in DTYPES.values())}")
+    if dtype == torch.float16:
+        raise ValueError("a model does not run in fp16: its residual stream overflows there; use bf16 or fp32")
     path = resolve(x, endpoint, cache_dir)
     if dtype is None and path.parent == ASSETS:
         dtype = torch.float32
@@ -168,7 +171,7 @@ def info(
         parameters=parameters,
         file_bytes=sum(file.stat().st_size for file in storage.files(opened.path)),
         state_bytes=state,
-        memory={name: parameters * DTYPES[name].itemsize + state for name in ("fp32", "bf16", "fp16")},
+        memory={name: parameters * DTYPES[name].itemsize + state for name in ("fp32", "bf16")},
     )
 
 
@@ -282,6 +285,7 @@ def _open(path: Path) -> _Opened:
 def _dtypes(weights: dict[str, Tensor]) -> dict[str, torch.dtype]:
     """The dtype of each tensor when the file decides (see `load`)."""
     main = reduce(torch.promote_types, (value.dtype for name, value in weights.items() if not _PRECISE.fullmatch(name)))
+    main = torch.float32 if main == torch.float16 else main
     out = dict.fromkeys(weights, main)
     for name, value in weights.items():
         if _PRECISE.fullmatch(name) and main != torch.float64:

@@ -12,10 +12,13 @@ from typing import Literal
 Generation = Literal["dove", "eagle", "finch"]
 """dove = RWKV-4, eagle = RWKV-5 (5.0, 5.1, 5.2), finch = RWKV-6 (x060)."""
 
+GROUP_NORM_EPS = 64e-5
+"""1e-5 * 8 ** 2: RWKV-LM divides the head output by 8 and uses 1e-5, which is the same."""
+
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The numbers of one network. Zero means "the generation's rule"; after construction none is zero.
+    """The numbers of one network. Zero means "the generation's rule"; what a generation lacks is 0 afterwards.
 
     generation   "dove", "eagle" or "finch"
     n_layer      L, number of blocks
@@ -23,7 +26,7 @@ class ModelConfig:
     vocab_size   rows of the embedding and of the head
     dim_att      A, width of time mixing; D in every released model
     dim_ffn      F, width of channel mixing; 4D for dove, 32 * floor(3.5 D / 32) for eagle and finch
-    head_size    N, channels per head; dove has no heads and ignores it
+    head_size    N, channels per head, 64 in every released model; dove has no heads
     shift_rank   Rm, rank of finch's data-dependent token shift; 32, or 64 at D >= 4096
     decay_rank   Rd, rank of finch's data-dependent decay; 64, or 128 at D >= 4096
     gate         False only for RWKV-5.0, which has neither gate matrix nor SiLU
@@ -39,12 +42,12 @@ class ModelConfig:
     vocab_size: int = 65536
     dim_att: int = 0
     dim_ffn: int = 0
-    head_size: int = 64
+    head_size: int = 0
     shift_rank: int = 0
     decay_rank: int = 0
     gate: bool = True
     time_state: bool = False
-    group_norm_eps: float = 64e-5
+    group_norm_eps: float = GROUP_NORM_EPS
 
     def __post_init__(self) -> None:
         if self.generation not in ("dove", "eagle", "finch"):
@@ -53,14 +56,18 @@ class ModelConfig:
         rules = {
             "dim_att": self.n_embd,
             "dim_ffn": 4 * self.n_embd if self.generation == "dove" else 7 * self.n_embd // 64 * 32,
+            "head_size": 64,
             "shift_rank": 64 if wide else 32,
             "decay_rank": 128 if wide else 64,
         }
+        unused = {"dove": ("head_size", "shift_rank", "decay_rank"), "eagle": ("shift_rank", "decay_rank"), "finch": ()}
         for name, value in rules.items():
-            if getattr(self, name) == 0:
+            if name in unused[self.generation]:
+                object.__setattr__(self, name, 0)
+            elif getattr(self, name) == 0:
                 object.__setattr__(self, name, value)
-        for name in ("n_layer", "n_embd", "vocab_size", "head_size", *rules):
-            if getattr(self, name) <= 0:
+        for name in ("n_layer", "n_embd", "vocab_size", *rules):
+            if getattr(self, name) <= 0 and name not in unused[self.generation]:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be positive")
         if self.generation != "dove" and self.dim_att % self.head_size:
             raise ValueError(f"dim_att {self.dim_att} is not a multiple of head_size {self.head_size}")

@@ -1,39 +1,45 @@
 """Writing files so that a crash, a full disk or Ctrl-C never costs the old one.
 
-Owns: the rule "temporary name in the same directory, sync, rename".
+Owns: the rule "temporary name in the same directory, sync, rename", and one kind of error for a disk that will not.
 Refuses to know: what the bytes mean.
 """
 
 from __future__ import annotations
 
 import os
-import tempfile
+import secrets
+import stat
 from collections.abc import Generator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+
+TEMPORARY = ".roost-*.tmp"
+"""What temporary files look like; one that is left was abandoned by a process that was killed."""
 
 
 @contextmanager
 def replacing(path: str | os.PathLike[str]) -> Generator[Path, None, None]:
     """Yield a temporary path beside `path`; on success it is synced and renamed to `path`, on any error removed.
 
-    Raises ValueError when the directory does not exist or `path` is a directory; OSError from the disk passes through.
+    A link is followed and what it points to replaced; an existing file keeps its permissions. Raises ValueError when
+    the directory does not exist or `path` is something else than a file; OSError from the disk passes through.
     """
-    target = Path(path)
+    target = Path(os.path.realpath(path))
     if not target.parent.is_dir():
-        raise ValueError(f"cannot write {target}: the directory {target.parent} does not exist")
-    if target.is_dir():
-        raise ValueError(f"cannot write {target}: it is a directory")
-    handle, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent)
-    os.close(handle)
-    temporary = Path(name)
+        raise ValueError(f"cannot write {path}: the directory {target.parent} does not exist")
+    mode = None
+    if target.exists():
+        mode = target.stat().st_mode
+        if not stat.S_ISREG(mode):
+            raise ValueError(f"cannot write {path}: it is {'a directory' if target.is_dir() else 'not a regular file'}")
+    temporary = target.with_name(f".roost-{secrets.token_hex(8)}.tmp")
+    os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
     try:
         yield temporary
         with temporary.open("rb") as written:
             os.fsync(written.fileno())
-        mask = os.umask(0)
-        os.umask(mask)
-        temporary.chmod(0o666 & ~mask)  # mkstemp made it private
+        if mode is not None:
+            temporary.chmod(stat.S_IMODE(mode))
         temporary.replace(target)
     except BaseException:
         with suppress(FileNotFoundError):
@@ -45,3 +51,14 @@ def replacing(path: str | os.PathLike[str]) -> Generator[Path, None, None]:
             os.fsync(directory)
         finally:
             os.close(directory)
+
+
+@contextmanager
+def disk_errors(path: str | os.PathLike[str]) -> Generator[None, None, None]:
+    """Turn what torch and safetensors raise when a write fails into OSError with the path."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (RuntimeError, SafetensorError) as error:
+        raise OSError(f"could not write {path}: {error}") from error

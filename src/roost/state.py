@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from roost.config import ModelConfig
-from roost.files import replacing
+from roost.files import disk_errors, replacing
 
 _FORMAT = "roost-state-1"
 
@@ -101,8 +101,9 @@ class State(NamedTuple):
         if not states:
             raise ValueError("State.cat needs at least one state")
         marks = {state.fingerprint for state in states if state.fingerprint}
-        if len(marks) > 1 or len({len(state.layers) for state in states}) > 1:
-            raise ValueError("these states belong to different models and cannot share a batch")
+        kinds = {tuple((t.shape[1:], t.dtype, t.device) for layer in s.layers for t in layer) for s in states}
+        if len(marks) > 1 or len(kinds) > 1:
+            raise ValueError("these states differ in model, dtype or device and cannot share a batch")
         layers = zip(*(state.layers for state in states), strict=True)
         return State(
             tuple(LayerState(*(torch.cat(parts) for parts in zip(*same, strict=True))) for same in layers),
@@ -136,7 +137,7 @@ class State(NamedTuple):
             "fingerprint": self.fingerprint,
         }
         metadata["sha256"] = _checksum(tensors, metadata)
-        with replacing(path) as temporary:
+        with replacing(path) as temporary, disk_errors(path):
             save_file(tensors, temporary, metadata)
 
     @staticmethod

@@ -224,9 +224,10 @@ class StreamDecoder:
 
     def flush(self) -> str:
         """The end of the stream: an unfinished character as U+FFFD. The decoder is then ready for another stream."""
-        tail = self._decoder.decode(b"", final=True)
-        self._decoder.reset()
-        return tail
+        try:
+            return self._decoder.decode(b"", final=True)
+        finally:
+            self._decoder.reset()  # a strict decoder keeps what it refuses
 
 
 class _Units(dict[bytes, tuple[int, ...]]):

@@ -29,7 +29,8 @@ def test_demo(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     score = bits_per_byte(network, tokenizer, text.read_bytes())
     packed = len(lzma.compress(text.read_bytes(), preset=9 | lzma.PRESET_EXTREME))
     assert f"{score.bits_per_byte:.3f}" in out and f"{8 * packed / 3000:.3f}" in out and err == ""
-    written = generate(network, tokenizer, PROMPT, Sampling.chatrwkv(seed=1), max_tokens=200, state=score.state)
+    params = Sampling(top_p=0.7, seed=1)
+    written = generate(network, tokenizer, PROMPT, params, max_tokens=200, state=score.state)
     assert written.text.splitlines()[0] in out
 
 

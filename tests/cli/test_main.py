@@ -24,6 +24,7 @@ from roost.tokenizer import WorldTokenizer
 from tiny import tiny_model
 
 BYTES = WorldTokenizer.byte_level()
+PLAIN = {"presence": 0.0, "frequency": 0.0}  # what a model of bytes gets without --preset
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +50,7 @@ def error(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
 def test_generate_writes_what_the_library_writes(model: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["generate", model, "Héllo", "--seed", "3", "--max-tokens", "12", "--temperature", "0.8"]) == 0
     network, _ = load(model)
-    expected = generate(network, BYTES, "Héllo", Sampling.chatrwkv(seed=3, temperature=0.8), max_tokens=12)
+    expected = generate(network, BYTES, "Héllo", Sampling.chatrwkv(seed=3, temperature=0.8, **PLAIN), max_tokens=12)
     assert capsys.readouterr().out == expected.text + "\n"
 
 
@@ -79,20 +80,26 @@ def test_generate_from_standard_input_and_from_nothing(
     fixed = ["--temperature", "0", "--max-tokens", "4"]
     assert main(["generate", model, "-", *fixed]) == 0
     network, _ = load(model)
-    greedy = Sampling.chatrwkv(temperature=0.0)
+    greedy = Sampling.chatrwkv(temperature=0.0, **PLAIN)
     assert capsys.readouterr().out == generate(network, BYTES, b"a\x00\xff", greedy, max_tokens=4).text + "\n"
     assert main(["generate", model, *fixed]) == 0
     assert capsys.readouterr().out == generate(network, BYTES, "", greedy, max_tokens=4).text + "\n"
 
 
-def test_every_sampling_flag_arrives(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[Sampling] = []
+@pytest.fixture
+def seen(monkeypatch: pytest.MonkeyPatch) -> list[Sampling]:
+    """The parameters that reach `stream`, which then fails."""
+    params: list[Sampling] = []
 
     def spy(*args: Any, **rest: Any) -> Any:
-        seen.append(args[3])
+        params.append(args[3])
         raise ValueError("enough")
 
     monkeypatch.setattr(verbs, "stream", spy)
+    return params
+
+
+def test_every_sampling_flag_arrives(model: str, seen: list[Sampling]) -> None:
     given = ["--top-p", "0.3", "--top-k", "5", "--min-p", "0.1", "--presence", "0.4", "--frequency", "0.5"]
     given += ["--penalty-decay", "0.9", "--ban", "7", "--ban", "8", "--stop", r"\n\nUser", "--stop", "x", "--seed", "2"]
     assert main(["generate", model, "x", *given]) == 2
@@ -109,6 +116,12 @@ def test_every_sampling_flag_arrives(model: str, monkeypatch: pytest.MonkeyPatch
             seed=2,
         )
     ]
+
+
+def test_penalties_of_the_preset(model: str, seen: list[Sampling]) -> None:
+    for flags in ([], ["--preset", "chatrwkv"], ["--presence", "0.4"]):
+        main(["generate", model, "x", *flags])
+    assert [(params.presence, params.frequency) for params in seen] == [(0.0, 0.0), (0.2, 0.2), (0.4, 0.0)]
 
 
 def test_ctrl_c_during_generate_keeps_the_state(
@@ -176,29 +189,6 @@ def test_warnings_of_the_library_are_one_line_too(tmp_path: Path, capsys: pytest
     assert main(["convert", str(source), str(tmp_path / "two.pth")]) == 0
     err = capsys.readouterr().err
     assert err.startswith("roost: warning: ") and err.count("\n") == 1
-
-
-@pytest.mark.parametrize("vocab", [257, 300])
-def test_verify(vocab: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    file = tmp_path / "m.pth"
-    torch.save(make_checkpoint("6", vocab=vocab), file)
-    assert main(["verify", str(file), "--tokens", "5"]) == 0
-    out = capsys.readouterr().out
-    assert "blocks.1.att" in out and "agree with the oracle over 5 tokens" in out
-
-
-@pytest.mark.parametrize(("differs", "line"), [(True, "the first tensor that differs is b"), (False, "does not")])
-def test_verify_says_what_differs(
-    differs: bool, line: str, model: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    from roost.evaluation import verify
-    from roost.evaluation.verify import Compared, Verdict
-
-    tensors = [Compared("a", 0.0, True), Compared("b", 1.0, not differs)]
-    verdict = Verdict(tensors, tensors[1] if differs else None, argmax_agrees=False)
-    monkeypatch.setattr(verify, "verify", lambda *_: verdict)
-    assert main(["verify", model]) == 1
-    assert capsys.readouterr().out.splitlines()[-1].endswith(line)
 
 
 def test_train_overrides_the_recipe(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -59,6 +59,11 @@ def test_temperature_zero_takes_the_lowest_id_unless_strict() -> None:
     assert probabilities(z, Sampling(temperature=0.0, strict_ties=True)).tolist() == [0, 0.5, 0.5]
 
 
+def test_strict_says_when_fp32_underflows() -> None:
+    with pytest.raises(ValueError, match="underflows in fp32"):
+        probabilities(np.zeros(65536), Sampling(temperature=0.01, strict_ties=True))
+
+
 @pytest.mark.parametrize("top_p", [1.0, 0.999999, 0.99999])
 def test_nucleus_never_turns_greedy(top_p: float) -> None:
     for seed in range(20):

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import resource
+import signal
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -112,6 +115,17 @@ def test_a_state_is_never_changed(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", TINY)
+@torch.no_grad()
+def test_a_state_holds_its_own_size(name: str) -> None:
+    """No view of a long text hides in it: what is stored is what nbytes says."""
+    model = trained(PRESETS[name], torch.float32)
+    for tokens, bounds in ((text(2, 200), None), (text(1, 200), [0, 150, 200])):
+        _, state = model(tokens, cu_seqlens=bounds)
+        held = sum(t.untyped_storage().nbytes() for layer in state.layers for t in layer)
+        assert held == state.nbytes == 2 * model.config.state_bytes
+
+
+@pytest.mark.parametrize("name", TINY)
 def test_gradients_reach_every_parameter_and_cross_segments(name: str) -> None:
     """Two segments with the state carried along have the gradients of one: through the returned state."""
     model, tokens = trained(PRESETS[name]), text()
@@ -152,7 +166,7 @@ def test_autocast_keeps_the_decay_in_fp32() -> None:
 
 def test_huge_decay_has_no_nan_gradient() -> None:
     """exp(x) overflows fp32 beyond 88.7; the decay is exactly 0 long before, and so is its gradient."""
-    for name in ("eagle-tiny", "finch-tiny"):
+    for name in TINY:
         model = trained(PRESETS[name], torch.float32)
         with torch.no_grad():
             model.blocks[0].att.time_decay.fill_(100.0)
@@ -200,6 +214,8 @@ BAD = {
     "embeddings are": lambda m: m(embeddings=torch.zeros(1, 2, 3)),
     r"the state has 1 row\(s\), the input 2": lambda m: m(text(), m.initial_state(1)),
     "does not fit the model": lambda m: m(text(), State.zeros(PRESETS["eagle-0.1b"], 2)),
+    "tokens are on meta, the model on cpu": lambda m: m(torch.zeros(1, 2, dtype=torch.long, device="meta")),
+    "the state is torch.float64 on cpu": lambda m: m(text(), State.zeros(m.config, 2, dtype=torch.float64)),
     "made by another model": lambda m: m(text(), m.initial_state(2)._replace(fingerprint="0" * 64)),
     "at least one token": lambda m: m(text()[:, :0], last_only=True),
     "cu_seqlens": lambda m: m(text(), cu_seqlens=[0, 60]),
@@ -222,3 +238,32 @@ def test_fingerprint() -> None:
     assert mark == fingerprint_of(model.config, trained(PRESETS["finch-tiny"], torch.float32).bfloat16().state_dict())
     assert mark != fingerprint_of(model.config, trained(PRESETS["finch-tiny"], torch.float32, seed=1).state_dict())
     assert mark != fingerprint_of(replace(model.config, group_norm_eps=1e-5), model.state_dict())
+    assert ModelConfig("dove", 2, 64, head_size=32, shift_rank=5) == ModelConfig("dove", 2, 64)  # it has neither
+
+
+def test_default_device_is_honoured() -> None:
+    with torch.device("meta"):
+        assert all(p.is_meta for p in RWKV(PRESETS["finch-tiny"]).parameters())
+
+
+def test_an_eps_that_no_file_can_hold_is_not_saved(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="group_norm_eps is 1e-05"):
+        RWKV(replace(PRESETS["finch-tiny"], group_norm_eps=1e-5)).save(tmp_path / "a.pth")
+
+
+@pytest.mark.parametrize("name", ["a.pth", "a.safetensors"])
+def test_a_full_disk_is_an_os_error(tmp_path: Path, name: str) -> None:
+    """A real write that the system cuts short: the old file survives, nothing is left behind."""
+    model = RWKV(PRESETS["finch-tiny"])
+    model.save(tmp_path / name)
+    before = (tmp_path / name).read_bytes()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        with pytest.raises(OSError, match=r"could not write|File too large"):
+            RWKV(PRESETS["finch-tiny"], seed=1).save(tmp_path / name)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, ignored)
+    assert (tmp_path / name).read_bytes() == before and len(list(tmp_path.iterdir())) == 1

@@ -130,6 +130,23 @@ def test_half_precision(dtype: torch.dtype) -> None:
     close(got, run([t.double() for t in x], "reference"), TOLERANCE[dtype])
 
 
+@pytest.mark.parametrize("T", [1, 70])
+@pytest.mark.parametrize("grad", [True, False])
+def test_autocast_changes_nothing(grad: bool, T: int) -> None:
+    """The model may compute its matrices in bf16; the recurrence and its state stay in fp32."""
+    x = [t.requires_grad_(grad) for t in cast(inputs(T, K=16, V=16), torch.float32)]
+    with torch.set_grad_enabled(grad):
+        plain = roost.wkv(*x)
+        with torch.autocast("cpu", torch.bfloat16):
+            inside = roost.wkv(*x)
+            if grad:
+                gradients = torch.autograd.grad(inside[0].sum() + inside[1].sum(), x)
+    assert all(torch.equal(a, b) for a, b in zip(plain, inside, strict=True))
+    if grad:
+        expected = torch.autograd.grad(plain[0].sum() + plain[1].sum(), x)
+        assert all(torch.equal(a, b) for a, b in zip(gradients, expected, strict=True))
+
+
 @pytest.mark.parametrize("T", [0, 1, 2, 15, 16, 17, 63, 64, 65, 130])
 @pytest.mark.parametrize("B,H,K,V", [(1, 1, 8, 8), (3, 2, 5, 7), (0, 2, 8, 8), (2, 3, 64, 64), (1, 1, 128, 32)])
 def test_every_shape(T: int, B: int, H: int, K: int, V: int) -> None:
@@ -295,6 +312,11 @@ BAD = {
 def test_impossible_inputs(message: str) -> None:
     with pytest.raises(ValueError, match=message):
         roost.wkv(*BAD[message](inputs(5)))
+
+
+def test_offsets_are_integers() -> None:
+    with pytest.raises(ValueError, match="must be integers"):
+        roost.ops.document_offsets([0, 2.7, 5], 1, 5)  # type: ignore[list-item]
 
 
 @pytest.mark.parametrize("offsets,B", [([0, 5], 2), ([0, 4], 1), ([1, 5], 1), ([0, 3, 2, 5], 1), ([], 1)])

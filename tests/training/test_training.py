@@ -16,10 +16,10 @@ import torch
 
 from roost import PRESETS, RWKV, TokenLoader, TrainConfig, load, train
 from roost.data.binidx import write_tokens
-from roost.training.loop import checkpoints
 from roost.training.loss import next_token_loss
 from roost.training.optim import group_of, learning_rate, optimiser
 from roost.training.recipe import byte_lengths, read_recipe, run_recipe
+from roost.training.resume import checkpoints
 from roost.training.validation import Held, validate
 
 TEXT = ("In the beginning was the word, and the word was short. " * 80).encode()
@@ -91,6 +91,7 @@ def test_masked_targets_count_nowhere() -> None:
     wanted, wanted_entropy = next_token_loss(logits[:, kept], targets[:, kept], 0.1)
     assert torch.allclose(total, wanted) and torch.allclose(entropy, wanted_entropy)
     assert next_token_loss(logits, torch.full((1, 6), -100), 0.1)[0] == 0
+    assert next_token_loss(logits, targets.clamp(min=-1), 0.1)[0] == total
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -173,8 +174,41 @@ def test_a_run_is_not_overwritten(tmp_path: Path, corpus: Path) -> None:
     train(RWKV(PRESETS["finch-tiny"]), data, config(tmp_path / "run"))
     with pytest.raises(ValueError, match="already holds a run"):
         train(RWKV(PRESETS["finch-tiny"]), data, config(tmp_path / "run"))
-    with pytest.raises(ValueError, match=r"was trained with lr = 0.003, not 0.1"):
-        train(RWKV(PRESETS["finch-tiny"]), data, config(tmp_path / "run", lr=0.1), resume=True)
+    for change, message in (({"lr": 0.1}, "lr = 0.003, not 0.1"), ({"steps": 13}, "steps = 12, not 13")):
+        with pytest.raises(ValueError, match=f"was trained with {message}"):
+            train(RWKV(PRESETS["finch-tiny"]), data, config(tmp_path / "run", **change), resume=True)
+    with pytest.raises(ValueError, match="was trained with ctx = 32, not 16"):
+        train(RWKV(PRESETS["finch-tiny"]), TokenLoader(corpus, 16, 4), config(tmp_path / "run"), resume=True)
+
+
+def test_a_short_finished_run_is_not_overwritten(tmp_path: Path, corpus: Path) -> None:
+    short = config(tmp_path / "run", steps=2)
+    final = train(RWKV(PRESETS["finch-tiny"]), TokenLoader(corpus, 32, 4), short)
+    before = final.read_bytes()
+    with pytest.raises(ValueError, match="already holds a run"):
+        train(RWKV(PRESETS["finch-tiny"], seed=1), TokenLoader(corpus, 32, 4), short)
+    assert final.read_bytes() == before and len(losses(tmp_path / "run")) == 2
+
+
+def test_what_a_kill_leaves_behind(tmp_path: Path, corpus: Path) -> None:
+    """A log line cut short and an abandoned temporary file are cleared; a damaged checkpoint is named."""
+    run, data = config(tmp_path / "run"), TokenLoader(corpus, 32, 4)
+    train(RWKV(PRESETS["finch-tiny"]), data, run)
+    whole = losses(tmp_path / "run")
+    with (tmp_path / "run" / "log.jsonl").open("a") as log:
+        log.write('{"step": 9, "lo')
+    (tmp_path / "run" / ".roost-0123.tmp").write_bytes(b"half")
+    train(RWKV(PRESETS["finch-tiny"]), data, run, resume=True)
+    assert losses(tmp_path / "run") == whole and not list((tmp_path / "run").glob(".*.tmp"))
+    newest = checkpoints(tmp_path / "run")[-1]
+    newest.write_bytes(newest.read_bytes()[:1000])
+    with pytest.raises(ValueError, match=r"step-8.pt is damaged: delete it; the run then goes on from step-4.pt"):
+        train(RWKV(PRESETS["finch-tiny"]), data, run, resume=True)
+
+
+def test_16_bit_weights_are_not_trained(tmp_path: Path, corpus: Path) -> None:
+    with pytest.raises(ValueError, match="training needs"):
+        train(RWKV(PRESETS["finch-tiny"], dtype=torch.bfloat16), TokenLoader(corpus, 32, 4), config(tmp_path / "run"))
 
 
 def test_not_finite_stops_before_the_weights_change(tmp_path: Path, corpus: Path) -> None:
@@ -237,6 +271,9 @@ def test_byte_lengths_of_the_world() -> None:
         (("lr = 3e-3", "beta2 = 1.5"), "beta2 is 1.5"),
         (("lr = 3e-3", "precision = 'int4'"), "precision is 'int4'"),
         (("keep = 1", "keep = 0"), "keep is 0"),
+        (("lr = 3e-3", "lr = inf"), "lr is inf"),
+        (("keep = 1", "init = 'newest'"), "init is 'newest'"),
+        (("valid = [", "valid = [1, "), "must hold strings only"),
         (("keep = 1", "warmup = -1"), "warmup is -1"),
         (("finch-tiny", "finch-tny"), "did you mean 'finch-tiny'"),
         (("ctx = 32", "ctx = = 32"), "is not a recipe"),

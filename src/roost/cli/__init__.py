@@ -123,12 +123,13 @@ def _show_warning(message: Warning | str, *_where: object) -> None:
 def _model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="a checkpoint, a directory, a hub name, or nestling")
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1 ... (default: cpu)")
-    parser.add_argument("--dtype", choices=("fp32", "bf16", "fp16", "fp64"), help="default: the file's")
+    parser.add_argument("--dtype", choices=("fp32", "bf16", "fp64"), help="default: the file's")
 
 
 def _sampling(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("sampling (what is not given comes from the preset)")
-    group.add_argument("--preset", choices=("chatrwkv", "openai"), default="chatrwkv", help="default: chatrwkv")
+    what = "default: chatrwkv; for models of bytes without its penalties"
+    group.add_argument("--preset", choices=("chatrwkv", "openai"), help=what)
     for flag, what in (
         ("--temperature", "0 = always the most probable token"),
         ("--top-p", "size of the nucleus, 0 to 1"),
@@ -186,7 +187,7 @@ def _convert(parser: argparse.ArgumentParser) -> None:
 def _verify(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="FILE", help="a checkpoint")
     parser.add_argument("--tokens", type=int, default=16, metavar="N", help="how much real text (default: 16)")
-    parser.add_argument("--dtype", choices=("fp32", "bf16", "fp16", "fp64"), default="fp32", help="default: fp32")
+    parser.add_argument("--dtype", choices=("fp32", "bf16", "fp64"), default="fp32", help="default: fp32")
 
 
 def _train(parser: argparse.ArgumentParser) -> None:

@@ -48,13 +48,14 @@ def run(name: str, path: str | None, console: Console | None = None) -> int:
         console.out(PROMPT.strip(), end="")
         console.file.flush()
         second = [sys.executable, "-m", "roost", "generate", name, PROMPT, "--state", file]
-        status = subprocess.run([*second, "--max-tokens", "200", "--seed", "1"], check=False).returncode
+        status = subprocess.run(
+            [*second, "--max-tokens", "200", "--top-p", "0.7", "--seed", "1"], check=False
+        ).returncode
     console.out("")
     console.print(_table(name, score, data))
-    console.out(
-        "The model had to be trained on other texts and its weights are not counted; xz starts from nothing.\n"
-        "The document was held out from the training of nestling."
-    )
+    console.out("xz starts from nothing; the model was trained on other texts, and its weights are not counted.")
+    if name == "nestling" and path is None:
+        console.out("This document was held out from its training.")
     return status
 
 

@@ -40,11 +40,18 @@ def load_model(args: argparse.Namespace) -> tuple[RWKV, WorldTokenizer]:
 
 
 def sampling(args: argparse.Namespace, **more: Any) -> Sampling:
-    """--preset and what overrules it."""
+    """--preset and what overrules it. Raises ValueError as `Sampling`."""
     fields = {name: value for name in SAMPLING_FLAGS if (value := getattr(args, name)) is not None}
     fields["bans"] = tuple(args.ban or ())
     fields["stop"] = tuple(text.replace("\\n", "\n").replace("\\t", "\t") for text in args.stop or ())
     return (Sampling.openai if args.preset == "openai" else Sampling.chatrwkv)(**{**fields, **more})
+
+
+def suited(params: Sampling, args: argparse.Namespace, tokenizer: WorldTokenizer) -> Sampling:
+    """Without --preset, a model of bytes gets no penalties but those given: they would forbid its commonest letters."""
+    if args.preset or tokenizer.vocab_size > 257:
+        return params
+    return replace(params, presence=args.presence or 0.0, frequency=args.frequency or 0.0)
 
 
 def generate(args: argparse.Namespace) -> int:
@@ -55,6 +62,7 @@ def generate(args: argparse.Namespace) -> int:
     if args.prompt == "-":
         prompt = terminal.read_bytes("-")
     model, tokenizer = load_model(args)
+    params = suited(params, args, tokenizer)
     state = State.load(args.state, args.device) if args.state else None
     if prompt.endswith(b": ") and tokenizer.vocab_size > 257:
         print("roost: note: the prompt ends in a space, and tokens begin with it: leave it out", file=sys.stderr)
@@ -110,6 +118,7 @@ def chat(args: argparse.Namespace) -> int:
     params = sampling(args)
     params = replace(params, min_tokens=1, stop=(*stop, *params.stop))
     model, tokenizer = load_model(args)
+    params = suited(params, args, tokenizer)
     state = State.load(args.state, args.device) if args.state else None
     converse(Session(model, tokenizer, params, max_tokens=args.max_tokens, system=args.system, state=state))
     return 0

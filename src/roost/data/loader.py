@@ -44,6 +44,11 @@ class TokenLoader:
             raise ValueError(f"{path} has {len(self.file)} tokens; ctx {ctx} needs at least {ctx + 1}: choose less")
         self._orders: dict[int, NDArray[np.int64]] = {}
 
+    @property
+    def identity(self) -> dict[str, int | str]:
+        """What decides the batches: the size of the stream, ctx, batch and seed."""
+        return {"tokens": len(self.file), "ctx": self.ctx, "batch": self.batch, "data_seed": self.seed}
+
     def batch_at(self, step: int) -> tuple[Int64[Tensor, "batch ctx"], Int64[Tensor, "batch ctx"]]:
         """Inputs and targets of one step, (batch, ctx) int64 each; targets are the inputs moved on by one token.
 

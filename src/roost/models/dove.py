@@ -81,7 +81,7 @@ class TimeMix(nn.Module):
         r = self.receptance(torch.lerp(previous, x, self.time_mix_r))
         k = precise(self.key(torch.lerp(previous, x, self.time_mix_k)))
         v = precise(self.value(torch.lerp(previous, x, self.time_mix_v)))
-        w, u = torch.exp(precise(self.time_decay)), precise(self.time_first)
+        w, u = torch.exp(precise(self.time_decay).clamp(max=10.0)), precise(self.time_first)  # e^-w is 0 from there on
         if offsets is None:
             y, state = recurrence(k, v, w, u, state)
         elif len(offsets) > 1:

@@ -25,20 +25,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from roost.config import ModelConfig
-from roost.models.finch import projections, widen
 from roost.models.parts import (
     Init,
+    channel_mixing,
+    decay_and_bonus,
     depth,
     empty,
     fill,
     group_norm,
     linear,
     precise,
+    projections,
     ramp,
     token_shift,
-    unit_ramp,
-    zigzag,
-)  # fmt: skip
+)
 from roost.ops import wkv
 
 
@@ -87,18 +87,20 @@ class TimeMix(nn.Module):
     def initialise(self, init: Init, generator: torch.Generator) -> None:
         """Set every parameter by the named rule."""
         rho0, rho1 = depth(self.layer, self.config.n_layer)
-        D, A = self.config.n_embd, self.config.dim_att
-        d, i = ramp(D), unit_ramp(A)
+        d = ramp(self.config.n_embd)
         fill(self.time_mix_k, d**rho1)
         fill(self.time_mix_v, d**rho1 + 0.3 * rho0)
         fill(self.time_mix_r, d ** (rho1 / 2))
         if self.config.gate:
             fill(self.time_mix_g, d ** (rho1 / 2))
-        fill(self.time_decay, -6 + 5 * i ** (0.7 + 1.3 * rho0))
-        fill(self.time_faaaa, rho0 * (1 - i) + 0.1 * (zigzag(A) + (init == "paper")))
+        decay_and_bonus(self.time_decay, self.time_faaaa, rho0, init)
         if self.config.time_state:
             fill(self.time_state, 0.0)
-        projections(self, self.layer, self.config.n_layer, init, generator)
+        small = (self.key, self.gate) if self.config.gate else (self.key,)
+        projections((self.receptance, self.value), small, init, generator)
+        fill(self.output.weight, 0.0)
+        fill(self.ln_x.weight, ((1 + self.layer) / self.config.n_layer) ** 0.7)
+        fill(self.ln_x.bias, 0.0)
 
 
 class ChannelMix(nn.Module):
@@ -127,4 +129,4 @@ class ChannelMix(nn.Module):
         _, rho1 = depth(self.layer, self.config.n_layer)
         for mix in (self.time_mix_k, self.time_mix_r):
             fill(mix, ramp(self.config.n_embd) ** rho1)
-        widen(self.key, self.value, self.receptance, init, generator)
+        channel_mixing(self.key, self.value, self.receptance, init, generator)

@@ -25,20 +25,19 @@ from torch import Tensor, nn
 from roost.config import ModelConfig
 from roost.models.parts import (
     Init,
+    channel_mixing,
+    decay_and_bonus,
     depth,
     empty,
     fill,
     group_norm,
     linear,
-    orthogonal,
     precise,
+    projections,
     ramp,
     token_shift,
     uniform,
-    unit_ramp,
-    widening,
-    zigzag,
-)  # fmt: skip
+)
 from roost.ops import wkv
 
 
@@ -103,8 +102,7 @@ class TimeMix(nn.Module):
     def initialise(self, init: Init, generator: torch.Generator) -> None:
         """Set every parameter by the named rule."""
         rho0, rho1 = depth(self.layer, self.config.n_layer)
-        D, A = self.config.n_embd, self.config.dim_att
-        d, i = ramp(D), unit_ramp(A)
+        d = ramp(self.config.n_embd)
         for maa in (self.time_maa_x, self.time_maa_w, self.time_maa_k):
             fill(maa, 1 - d**rho1)
         fill(self.time_maa_v, 1 - d**rho1 - 0.3 * rho0)
@@ -113,26 +111,13 @@ class TimeMix(nn.Module):
         for first, second in ((self.time_maa_w1, self.time_maa_w2), (self.time_decay_w1, self.time_decay_w2)):
             uniform(first, 0.0 if init == "current" else 1e-4, generator)
             uniform(second, 0.01 if init == "current" else 1e-4, generator)
-        fill(self.time_decay, -6 + 5 * i ** (0.7 + 1.3 * rho0))
-        fill(self.time_faaaa, rho0 * (1 - i) + 0.1 * (zigzag(A) + (init == "paper")))
+        decay_and_bonus(self.time_decay, self.time_faaaa, rho0, init)
         if self.config.time_state:
             fill(self.time_state, 0.0)
-        projections(self, self.layer, self.config.n_layer, init, generator)
-
-
-def projections(mix: nn.Module, layer: int, n_layer: int, init: Init, generator: torch.Generator) -> None:
-    """Initial matrices of time mixing and its group norm, the same for Eagle and Finch."""
-    for name, weight in mix.named_parameters():
-        if name == "output.weight":
-            fill(weight, 0.0)
-        elif name.startswith("ln_x"):
-            fill(weight, ((1 + layer) / n_layer) ** 0.7 if name == "ln_x.weight" else 0.0)
-        elif name.endswith(".weight") and init == "paper":
-            uniform(weight, weight.shape[1] ** -0.5, generator)
-        elif name.endswith(".weight") and init == "legacy":
-            orthogonal(weight, widening(weight), generator)
-        elif name.endswith(".weight"):
-            orthogonal(weight, 0.1 if name in ("key.weight", "gate.weight") else 1.0, generator)
+        projections((self.receptance, self.value), (self.key, self.gate), init, generator)
+        fill(self.output.weight, 0.0)
+        fill(self.ln_x.weight, ((1 + self.layer) / self.config.n_layer) ** 0.7)
+        fill(self.ln_x.bias, 0.0)
 
 
 class ChannelMix(nn.Module):
@@ -162,12 +147,4 @@ class ChannelMix(nn.Module):
         _, rho1 = depth(self.layer, self.config.n_layer)
         for maa in (self.time_maa_k, self.time_maa_r):
             fill(maa, 1 - ramp(self.config.n_embd) ** (rho1**3 if init == "current" else rho1))
-        widen(self.key, self.value, self.receptance, init, generator)
-
-
-def widen(key: nn.Linear, value: nn.Linear, receptance: nn.Linear, init: Init, generator: torch.Generator) -> None:
-    """Initial matrices of channel mixing, the same for Eagle and Finch."""
-    wide = widening(key.weight)
-    orthogonal(key.weight, {"current": 1.0, "legacy": wide, "paper": wide**2}[init], generator)
-    for zero in (value, receptance):
-        fill(zero.weight, 0.0)
+        channel_mixing(self.key, self.value, self.receptance, init, generator)

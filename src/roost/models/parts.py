@@ -32,7 +32,8 @@ def token_shift(x: Tensor, last: Tensor, offsets: Sequence[int] | None) -> tuple
     """
     last = last.to(x.dtype)
     if offsets is None:
-        return torch.cat([last[:, None], x], 1)[:, :-1], torch.cat([last[:, None], x], 1)[:, -1]
+        both = torch.cat([last[:, None], x], 1)
+        return both[:, :-1], both[:, -1].clone()  # a view would keep the whole text alive in the state
     filled = [d for d, (a, b) in enumerate(pairwise(offsets)) if b > a]
     starts = torch.tensor([offsets[d] for d in filled], dtype=torch.long, device=x.device)
     ends = torch.tensor([offsets[d + 1] - 1 for d in filled], dtype=torch.long, device=x.device)
@@ -54,7 +55,7 @@ def group_norm(x: Tensor, norm: nn.GroupNorm) -> Tensor:
 def linear(inputs: int, outputs: int, device: torch.device | str | None, dtype: torch.dtype) -> nn.Linear:
     """A bias-free linear layer whose weight is set later."""
     layer = nn.Linear(inputs, outputs, bias=False, device="meta", dtype=dtype)
-    return layer.to_empty(device=device or "cpu")
+    return layer.to_empty(device=device or torch.get_default_device())
 
 
 def empty(*shape: int, device: torch.device | str | None, dtype: torch.dtype) -> nn.Parameter:
@@ -106,3 +107,32 @@ def widening(weight: Tensor) -> float:
     """sqrt(out / in) where a matrix widens, else 1: the gain of RWKV-LM in 2023 and early 2024."""
     outputs, inputs = weight.shape
     return max(1.0, outputs / inputs) ** 0.5
+
+
+def decay_and_bonus(decay: Tensor, bonus: Tensor, rho0: float, init: Init) -> None:
+    """The same for Eagle and Finch: decays from w = 0.9975 to 0.692, the bonus a ramp with a zigzag."""
+    i = unit_ramp(decay.numel())
+    fill(decay, -6 + 5 * i ** (0.7 + 1.3 * rho0))
+    fill(bonus, rho0 * (1 - i) + 0.1 * (zigzag(bonus.numel()) + (init == "paper")))
+
+
+def projections(full: Sequence[nn.Linear], small: Sequence[nn.Linear], init: Init, generator: torch.Generator) -> None:
+    """Matrices into time mixing, the same for Eagle and Finch; those of `small` have gain 0.1 today."""
+    for layer in (*full, *small):
+        weight = layer.weight
+        if init == "paper":
+            uniform(weight, weight.shape[1] ** -0.5, generator)
+        elif init == "legacy":
+            orthogonal(weight, widening(weight), generator)
+        else:
+            orthogonal(weight, 0.1 if layer in small else 1.0, generator)
+
+
+def channel_mixing(
+    key: nn.Linear, value: nn.Linear, receptance: nn.Linear, init: Init, generator: torch.Generator
+) -> None:
+    """Matrices of channel mixing, the same for Eagle and Finch."""
+    wide = widening(key.weight)
+    orthogonal(key.weight, {"current": 1.0, "legacy": wide, "paper": wide**2}[init], generator)
+    for zero in (value, receptance):
+        fill(zero.weight, 0.0)

@@ -23,10 +23,11 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from roost.config import ModelConfig
-from roost.files import replacing
+from roost.config import GROUP_NORM_EPS, ModelConfig
+from roost.files import disk_errors, replacing
 from roost.models import dove, eagle, finch
 from roost.models.parts import Init, fill, linear, orthogonal, uniform
+from roost.ops import document_offsets
 from roost.state import LayerState, State
 
 LAYER_NORM_EPS = 1e-5
@@ -75,10 +76,10 @@ class RWKV(nn.Module):
         super().__init__()
         if init not in ("current", "legacy", "paper"):
             raise ValueError(f"init is {init!r}; it must be 'current', 'legacy' or 'paper'")
+        device = torch.get_default_device() if device is None else torch.device(device)
         self.config = config
         self.fingerprint = ""
-        self.emb = nn.Embedding(config.vocab_size, config.n_embd, device="meta", dtype=dtype)
-        self.emb.to_empty(device=device or "cpu")
+        self.emb = nn.Embedding(config.vocab_size, config.n_embd, device="meta", dtype=dtype).to_empty(device=device)
         self.blocks = nn.ModuleList(Block(config, layer, device, dtype) for layer in range(config.n_layer))
         self.ln_out = nn.LayerNorm(config.n_embd, eps=LAYER_NORM_EPS, device=device, dtype=dtype)
         self.head = linear(config.n_embd, config.vocab_size, device, dtype)
@@ -143,11 +144,11 @@ class RWKV(nn.Module):
         last_only   logits of the last position (of every document) only
 
         Returns logits (B, T, V) (last_only: (B, 1, V), with cu_seqlens (1, n, V)) and the state after the last token.
-        Raises ValueError for ids out of range, wrong shapes, or a state of another model.
+        Raises ValueError for ids out of range (checked on the CPU only), wrong shapes, or a state of another model.
         """
         x = self._embed(tokens, embeddings)
         B, T = x.shape[:2]
-        offsets = None if cu_seqlens is None else _offsets(cu_seqlens, B, T)
+        offsets = None if cu_seqlens is None else document_offsets(cu_seqlens, B, T)
         rows = B if offsets is None else len(offsets) - 1
         if state is None:
             state = self.initial_state(rows)
@@ -177,6 +178,8 @@ class RWKV(nn.Module):
         assert tokens is not None
         if tokens.dim() != 2 or tokens.is_floating_point() or tokens.dtype == torch.bool:
             raise ValueError(f"tokens are {tokens.dtype} {tuple(tokens.shape)}; they must be integers of shape (B, T)")
+        if tokens.device != self.device:
+            raise ValueError(f"tokens are on {tokens.device}, the model on {self.device}: move one of them")
         if tokens.device.type == "cpu" and tokens.numel() and not torch.compiler.is_compiling():
             low, high = (int(x) for x in tokens.aminmax())
             if low < 0 or high >= self.config.vocab_size:
@@ -199,6 +202,12 @@ class RWKV(nn.Module):
         )
         if len(state.layers) != c.n_layer or not fits:
             raise ValueError("this state does not fit the model: its layers have other sizes")
+        wanted = torch.float64 if self.dtype == torch.float64 else torch.float32
+        found = state.layers[0].wkv
+        if found.dtype != wanted or found.device != self.device:
+            raise ValueError(
+                f"the state is {found.dtype} on {found.device}; this model needs {wanted} on {self.device}"
+            )
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the weights with their official names: `.pth` (RWKV-LM's state dict) or `.safetensors`; atomic.
@@ -213,8 +222,13 @@ def official_weights(config: ModelConfig, weights: Mapping[str, Tensor]) -> dict
     """The tensors as official tools expect them in a file; `weights` is a state dict of this model.
 
     RWKV-5.0 has one decay and one bonus per head there, so [h, N] becomes [h] where all N are equal (a model trained
-    further from 5.0 keeps [h, N], which only roost reads). Every other generation is stored as it is.
+    further from 5.0 keeps [h, N], which only roost reads). Every other generation is stored as it is. Raises ValueError
+    for a group norm eps that no file can express.
     """
+    if config.generation != "dove" and config.group_norm_eps != GROUP_NORM_EPS:
+        raise ValueError(
+            f"group_norm_eps is {config.group_norm_eps}, and a checkpoint cannot say so: readers use {GROUP_NORM_EPS}"
+        )
     if config.generation != "eagle" or config.gate:
         return dict(weights)
     per_head = [name for name in weights if name.endswith(("att.time_decay", "att.time_faaaa"))]
@@ -229,7 +243,7 @@ def save_weights(weights: Mapping[str, Tensor], path: str | os.PathLike[str]) ->
     ending = Path(path).suffix
     if ending not in (".pth", ".safetensors"):
         raise ValueError(f"cannot save to {path}: the name must end in .pth or .safetensors")
-    with replacing(path) as temporary:
+    with replacing(path) as temporary, disk_errors(path):
         if ending == ".pth":
             torch.save(tensors, temporary)
         else:
@@ -252,12 +266,3 @@ def fingerprint_of(config: ModelConfig, weights: Mapping[str, Tensor]) -> str:
         digest.update(name.encode())
         digest.update(sample.contiguous().view(torch.uint8).numpy().tobytes() if sample.numel() else b"")
     return digest.hexdigest()
-
-
-def _offsets(cu_seqlens: Tensor | Sequence[int], B: int, T: int) -> list[int]:
-    given: Sequence[int] = cu_seqlens.tolist() if isinstance(cu_seqlens, Tensor) else cu_seqlens
-    offsets = [int(x) for x in given]
-    rising = bool(offsets) and offsets[0] == 0 and offsets[-1] == T and all(b >= a for a, b in pairwise(offsets))
-    if B != 1 or not rising:
-        raise ValueError(f"cu_seqlens {offsets} must rise from 0 to T = {T}, and B = {B} must be 1")
-    return offsets

@@ -12,6 +12,7 @@ import difflib
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
+from operator import index
 
 import torch
 from jaxtyping import Float, Int
@@ -30,7 +31,7 @@ _forced: str | None = None
 def wkv_backend(name: str) -> Generator[None, None, None]:
     """Force one backend for every `wkv` call inside the block: "reference" or "chunked".
 
-    Raises ValueError for an unknown name; a forced backend that cannot serve a call makes that call raise.
+    It holds for the whole process, all threads included. Raises ValueError for an unknown name.
     """
     global _forced
     if name not in BACKENDS:
@@ -64,11 +65,11 @@ def wkv(
     cu_seqlens  n + 1 increasing offsets from 0 to T, with B = 1: n separate documents; empty ones are legal.
 
     Returns out (B, T, H, V) in the dtype of v, and the state after the last token, always a new tensor. No scale is
-    applied. Any T >= 0 and B >= 0. Differentiable once in all six inputs and through the returned state; gradients of
-    log_w, u and state are fp32. Raises ValueError for impossible shapes or dtypes.
+    applied. Any T >= 0 and B >= 0. Differentiable once in all six inputs and through the returned state; a gradient has
+    the dtype of its input. Autocast changes nothing inside. Raises ValueError for impossible shapes or dtypes.
     """
     B, T, H, K = _checked(r, k, v, log_w, u)
-    offsets = _offsets(cu_seqlens, B, T)
+    offsets = None if cu_seqlens is None else document_offsets(cu_seqlens, B, T)
     rows = B if offsets is None else len(offsets) - 1
     precise = torch.float64 if r.dtype == torch.float64 else torch.float32
     if state is None:
@@ -102,11 +103,12 @@ def _checked(r: Tensor, k: Tensor, v: Tensor, log_w: Tensor, u: Tensor) -> tuple
     return B, T, H, K
 
 
-def _offsets(cu_seqlens: Tensor | Sequence[int] | None, B: int, T: int) -> list[int] | None:
-    if cu_seqlens is None:
-        return None
-    given: Sequence[int] = cu_seqlens.tolist() if isinstance(cu_seqlens, Tensor) else cu_seqlens
-    offsets = [int(x) for x in given]
+def document_offsets(cu_seqlens: Tensor | Sequence[int], B: int, T: int) -> list[int]:
+    """`cu_seqlens` as checked integers. Raises ValueError unless it rises from 0 to T and B is 1."""
+    try:
+        offsets = [index(x) for x in (cu_seqlens.tolist() if isinstance(cu_seqlens, Tensor) else cu_seqlens)]
+    except TypeError as error:
+        raise ValueError(f"cu_seqlens must be integers: {error}") from error
     if B != 1:
         raise ValueError(f"cu_seqlens packs documents into one row, but B is {B}")
     if not offsets or offsets[0] != 0 or offsets[-1] != T or any(b < a for a, b in pairwise(offsets)):

@@ -146,12 +146,18 @@ def forward(
     r: Tensor, k: Tensor, v: Tensor, log_w: Tensor, u: Tensor, state: Tensor, offsets: list[int] | None
 ) -> tuple[Tensor, Tensor]:
     """out (B,T,H,V) in v's dtype and the final state, computed in the state's dtype. `offsets`: document bounds."""
-    dtype = state.dtype
     if r.shape[1] == 0 or r.numel() == 0 or v.numel() == 0:
         return torch.zeros_like(v), state.clone()
-    if r.shape[1] == 1 and offsets is None:
-        return _step(r, k, v, log_w, u, state)
-    layout = _Layout(r.shape[1], offsets)
+    with torch.autocast(r.device.type, enabled=False):  # products stay in the state's dtype
+        if r.shape[1] == 1 and offsets is None:
+            return _step(r, k, v, log_w, u, state)
+        return _forward(r, k, v, log_w, u, state, _Layout(r.shape[1], offsets))
+
+
+def _forward(
+    r: Tensor, k: Tensor, v: Tensor, log_w: Tensor, u: Tensor, state: Tensor, layout: _Layout
+) -> tuple[Tensor, Tensor]:
+    dtype = state.dtype
     R, K, V = (layout.fold(x, dtype) for x in (r, k, v))
     f = _decays(log_w, layout, r.shape[0], dtype)
     before, after = layout.scan(f.total, (K * f.suffix).mT @ V, state)
@@ -163,14 +169,25 @@ def backward(
     d_out: Tensor, d_state: Tensor, r: Tensor, k: Tensor, v: Tensor, log_w: Tensor, u: Tensor, state: Tensor,
     offsets: list[int] | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of r, k, v (their dtypes), log_w, u and state (the state's dtype); inputs as in `forward`."""
-    dtype = state.dtype
+    """Gradients of all six inputs, in their dtypes; inputs as in `forward`."""
     if r.shape[1] == 0 or r.numel() == 0 or v.numel() == 0:
-        nothing = torch.zeros_like(log_w, dtype=dtype), torch.zeros_like(u, dtype=dtype), d_state.clone()
-        return torch.zeros_like(r), torch.zeros_like(k), torch.zeros_like(v), *nothing
-    layout = _Layout(r.shape[1], offsets)
+        zeros = torch.zeros_like
+        return zeros(r), zeros(k), zeros(v), zeros(log_w), zeros(u), d_state.clone()
+    with torch.autocast(r.device.type, enabled=False):
+        gradients = _backward(d_out, d_state, r, k, v, log_w, u.to(state.dtype), state, _Layout(r.shape[1], offsets))
+    dr, dk, dv, dw, du, ds = (
+        gradient.to(x.dtype).contiguous() for gradient, x in zip(gradients, (r, k, v, log_w, u, state), strict=True)
+    )
+    return dr, dk, dv, dw, du, ds
+
+
+def _backward(
+    d_out: Tensor, d_state: Tensor, r: Tensor, k: Tensor, v: Tensor, log_w: Tensor, u: Tensor, state: Tensor,
+    layout: _Layout,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    dtype = state.dtype
     R, K, V, G = (layout.fold(x, dtype) for x in (r, k, v, d_out))
-    f, u = _decays(log_w, layout, r.shape[0], dtype), u.to(dtype)
+    f = _decays(log_w, layout, r.shape[0], dtype)
     KS = K * f.suffix
     before, _ = layout.scan(f.total, KS.mT @ V, state)
     d_after, d_initial = layout.scan(f.total, (R * f.prefix).mT @ G, d_state, reverse=True)
@@ -199,7 +216,4 @@ def backward(
     dr, dk, dv, dw = (layout.unfold(x) for x in (dr, dk, dv, dw))
     if log_w.dim() == 2:
         dw = dw.sum((0, 1))
-    return (
-        dr.to(r.dtype).contiguous(), dk.to(k.dtype).contiguous(), dv.to(v.dtype).contiguous(), dw.contiguous(),
-        du, d_initial,
-    )  # fmt: skip
+    return dr, dk, dv, dw, du, d_initial

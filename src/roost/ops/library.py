@@ -42,11 +42,8 @@ def _(
     d_out: Tensor, d_state: Tensor, r: Tensor, k: Tensor, v: Tensor, log_w: Tensor, u: Tensor, state: Tensor,
     offsets: list[int] | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    precise = state.dtype
-    return (
-        r.new_empty(r.shape), k.new_empty(k.shape), v.new_empty(v.shape),
-        log_w.new_empty(log_w.shape, dtype=precise), u.new_empty(u.shape, dtype=precise), state.new_empty(state.shape),
-    )  # fmt: skip
+    dr, dk, dv, dw, du, ds = (x.new_empty(x.shape) for x in (r, k, v, log_w, u, state))
+    return dr, dk, dv, dw, du, ds
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -57,8 +54,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 
 def _gradients(ctx: Any, d_out: Tensor, d_state: Tensor) -> tuple[Tensor | None, ...]:
     tensors: tuple[Tensor, ...] = ctx.saved_tensors
-    dr, dk, dv, dw, du, ds = wkv_chunked_backward(d_out, d_state, *tensors, ctx.offsets)
-    return dr, dk, dv, dw, du.to(tensors[4].dtype), ds, None
+    return *wkv_chunked_backward(d_out, d_state, *tensors, ctx.offsets), None
 
 
 wkv_chunked.register_autograd(_gradients, setup_context=_save)

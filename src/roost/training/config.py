@@ -7,6 +7,7 @@ Refuses to know: how a step is made.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import isfinite
 from typing import Literal
 
 from roost.models.parts import Init
@@ -24,7 +25,7 @@ class TrainConfig:
     clip             largest global gradient norm
     l2wrap           weight of L2Wrap, the pull on the largest logit of every position; 0 turns it off
     precision        "fp32", or "bf16" products with fp32 weights, decays, states and norms
-    seed             of the data order and of the initial weights
+    seed, init       of the data order and of fresh weights, for whoever makes them (recipes); `train` draws nothing
     out              directory of the log, the checkpoints and the final model
     save_every, keep   steps between checkpoints, and how many complete ones stay
     validate_every   steps between validations; 0 = only at the end
@@ -53,6 +54,9 @@ class TrainConfig:
     init: Init = "current"
 
     def __post_init__(self) -> None:
+        for name in ("lr", "lr_final", "weight_decay", "beta1", "beta2", "eps", "clip", "l2wrap"):
+            if not isfinite(getattr(self, name)):
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be finite")
         for name in ("steps", "save_every", "keep", "log_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
@@ -65,5 +69,7 @@ class TrainConfig:
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must lie in 0..1")
+        if self.init not in ("current", "legacy", "paper"):
+            raise ValueError(f"init is {self.init!r}; it must be 'current', 'legacy' or 'paper'")
         if self.precision not in ("fp32", "bf16"):
             raise ValueError(f"precision is {self.precision!r}; it must be 'fp32' or 'bf16'")

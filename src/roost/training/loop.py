@@ -17,17 +17,22 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from roost.files import replacing
 from roost.models.rwkv import RWKV
 from roost.training.config import TrainConfig
 from roost.training.loss import next_token_loss
 from roost.training.optim import learning_rate, optimiser
+from roost.training.resume import restore, save, trace_of_a_run
 from roost.training.validation import Held, validate
 
 
 @runtime_checkable
 class Batches(Protocol):
     """What the loop needs of data: a pure function from step to (inputs, targets), both (B, T) int64."""
+
+    @property
+    def identity(self) -> Mapping[str, int | str]:
+        """What decides the batches, by name; a resumed run must have the same."""
+        ...
 
     def batch_at(self, step: int) -> tuple[Tensor, Tensor]:
         """The batch of one step, the same every time."""
@@ -55,17 +60,22 @@ def train(
     """Train `model` in place until `config.steps`, and write `final.safetensors`; returns its path.
 
     Writes to config.out: log.jsonl (one object per log line or validation), step-N.pt (the newest `keep`) and the final
-    model. With `resume` the run goes on from the newest checkpoint, or starts if there is none. Raises ValueError when
-    config.out already holds a run and `resume` is false, and when the loss or a gradient is not finite.
+    model. With `resume` the run goes on from the newest checkpoint, or starts if there is none.
+
+    Raises ValueError when config.out already holds a run and `resume` is false, when a resume changes what decides the
+    run, when the weights are 16-bit (use precision "bf16" with fp32 weights), and when the loss or a gradient is not
+    finite.
     """
+    if model.dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"the weights are {model.dtype}: training needs fp32; precision='bf16' is for products")
     out = Path(config.out)
     out.mkdir(parents=True, exist_ok=True)
     adam = optimiser(model, config)
-    saved = checkpoints(out)
-    if saved and not resume:
-        raise ValueError(f"{out} already holds a run up to {saved[-1].name}: resume it, or choose another directory")
-    step = _restore(saved[-1], model, adam, config) if saved else 0
-    _trim_log(out / "log.jsonl", step)
+    trace = trace_of_a_run(out)
+    if trace and not resume:
+        raise ValueError(f"{out} already holds a run ({trace.name}): resume it, or choose another directory")
+    settings = _settings(model, data, config)
+    step = restore(out, model, adam, settings)
     model.train()
     model.fingerprint = ""  # the weights change from here on
     clock, logged = time.perf_counter(), step
@@ -89,13 +99,20 @@ def train(
                 _log(out, {"step": step, "validation": name, "loss": nats, "bits_per_byte": bits})
             clock, logged = time.perf_counter(), step
         if step % config.save_every == 0 and step < config.steps:
-            _save(out, step, model, adam, config)
+            save(out, step, model, adam, settings, config.keep)
             clock, logged = time.perf_counter(), step
 
     model.eval()
     final = out / "final.safetensors"
     model.save(final)
     return final
+
+
+def _settings(model: RWKV, data: Batches, config: TrainConfig) -> dict[str, Any]:
+    """Everything that decides the losses of a run."""
+    free = ("out", "save_every", "keep", "validate_every", "log_every")
+    numbers = {name: value for name, value in asdict(config).items() if name not in free}
+    return {**numbers, **asdict(model.config), **data.identity}
 
 
 def _step(
@@ -119,46 +136,6 @@ def _step(
     return entropy.item(), norm.item()
 
 
-def checkpoints(out: Path) -> list[Path]:
-    """The complete checkpoints of a run, oldest first."""
-    return sorted(out.glob("step-*.pt"), key=lambda path: int(path.stem.split("-")[1]))
-
-
-def _save(out: Path, step: int, model: RWKV, adam: torch.optim.AdamW, config: TrainConfig) -> None:
-    content = {
-        "step": step,
-        "config": asdict(config),
-        "model": model.state_dict(),
-        "optimiser": adam.state_dict(),
-    }
-    with replacing(out / f"step-{step}.pt") as temporary:
-        torch.save(content, temporary)
-    for old in checkpoints(out)[: -config.keep]:
-        old.unlink()
-
-
-def _restore(path: Path, model: RWKV, adam: torch.optim.AdamW, config: TrainConfig) -> int:
-    content: dict[str, Any] = torch.load(path, map_location=model.device, weights_only=True)
-    free = {"steps", "out", "save_every", "keep", "validate_every", "log_every"}
-    for name, value in content["config"].items():
-        if name not in free and value != getattr(config, name):
-            raise ValueError(
-                f"{path} was trained with {name} = {value}, not {getattr(config, name)}: a resume keeps it"
-            )
-    model.load_state_dict(content["model"])
-    adam.load_state_dict(content["optimiser"])
-    return content["step"]
-
-
 def _log(out: Path, line: dict[str, Any]) -> None:
     with (out / "log.jsonl").open("a", encoding="utf-8") as file:
         file.write(json.dumps(line) + "\n")
-
-
-def _trim_log(path: Path, step: int) -> None:
-    """Drop the lines after `step`, which the resumed run will write again."""
-    if not path.is_file():
-        return
-    lines = [line for line in path.read_text(encoding="utf-8").splitlines() if json.loads(line)["step"] <= step]
-    with replacing(path) as temporary:
-        temporary.write_text("".join(line + "\n" for line in lines), encoding="utf-8")

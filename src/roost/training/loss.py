@@ -19,9 +19,9 @@ def next_token_loss(
 ) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
     """(loss to differentiate, cross-entropy in nats per token); targets below 0 are masked in both terms, in fp32."""
     flat, wanted = logits.flatten(0, 1).float(), targets.flatten()
-    entropy = F.cross_entropy(flat, wanted, ignore_index=-100) if bool((wanted >= 0).any()) else flat.sum() * 0
+    kept = wanted >= 0
+    entropy = F.cross_entropy(flat, wanted.masked_fill(~kept, -100)) if bool(kept.any()) else flat.sum() * 0
     if l2wrap == 0:
         return entropy, entropy.detach()
-    kept = wanted >= 0
     pull = (flat.amax(-1).square() * kept).sum() / kept.sum().clamp(min=1)
     return entropy + 0.5 * l2wrap * pull, entropy.detach()

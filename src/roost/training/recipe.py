@@ -79,6 +79,8 @@ def _check_type(path: str | os.PathLike[str], key: str, value: object, kind: str
     wanted = {"int": (int,), "float": (int, float), "list": (list, tuple)}.get(kind, (str,))
     if not isinstance(value, wanted) or isinstance(value, bool):
         raise ValueError(f"{path}: {key} is {value!r}; it must be {' or '.join(kind.__name__ for kind in wanted)}")
+    if isinstance(value, (list, tuple)) and not all(isinstance(item, str) for item in value):
+        raise ValueError(f"{path}: {key} is {value!r}; it must hold strings only")
 
 
 def run_recipe(
@@ -99,10 +101,16 @@ def run_recipe(
             raise ValueError(f"{name} holds token id {largest}; the model knows 0..{model.config.vocab_size - 1}")
     lengths = byte_lengths(model.config.vocab_size)
     validation = {
-        Path(name).name: Held(torch.from_numpy(TokenFile(name).tokens.astype("int64")), lengths)
+        _short(name, recipe.valid): Held(torch.from_numpy(TokenFile(name).tokens.astype("int64")), lengths)
         for name in recipe.valid
     }
     return train(model, data, recipe.config, validation=validation, resume=resume, progress=progress)
+
+
+def _short(name: str, names: tuple[str, ...]) -> str:
+    """The file name of a validation set, or all of it when two sets share that."""
+    shared = [Path(other).name for other in names].count(Path(name).name) > 1
+    return name if shared else Path(name).name
 
 
 def _model(recipe: Recipe, device: torch.device | str) -> RWKV:

@@ -1,4 +1,4 @@
-"""Held-out loss during training: every token of a stream predicted, with the state carried along.
+"""Held-out loss during training: the tokens of a stream predicted one by one, with the state carried along.
 
 Owns: nats per token and bits per byte of a token stream. Refuses to know: where the tokens come from.
 """
@@ -26,7 +26,8 @@ class Held(NamedTuple):
 def validate(model: RWKV, held: Held, rows: int = 16, chunk: int = 512) -> tuple[float, float]:
     """(nats per token, bits per byte): the stream is cut into `rows` long rows, read in chunks with carried state.
 
-    Every row begins from the initial state, so the figure is an upper bound of one uninterrupted reading.
+    Every row begins from the initial state, so the figure is an upper bound of one uninterrupted reading; the last
+    tokens, fewer than `rows`, are left out. Chunks are shortened where the logits would take more than 256 MB.
     """
     rows = max(1, min(rows, len(held.tokens) // 64))
     length = (len(held.tokens) - 1) // rows
@@ -34,6 +35,7 @@ def validate(model: RWKV, held: Held, rows: int = 16, chunk: int = 512) -> tuple
         raise ValueError(f"a validation stream needs at least 2 tokens; this one has {len(held.tokens)}")
     inputs = held.tokens[: rows * length].view(rows, length).to(model.device)
     targets = held.tokens[1 : rows * length + 1].view(rows, length).to(model.device)
+    chunk = max(1, min(chunk, 2**26 // (rows * model.config.vocab_size)))
     nats, state = 0.0, None
     for start in range(0, length, chunk):
         logits, state = model(inputs[:, start : start + chunk], state)
