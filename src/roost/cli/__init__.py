@@ -74,6 +74,12 @@ def _run(given: list[str]) -> int:
         _refuse(top, unknown)
         top.print_help()
         return 0
+    verb, args = parse(given)
+    return verb.run(args)
+
+
+def parse(given: Sequence[str]) -> tuple[Verb, argparse.Namespace]:
+    """The verb that a command line names, and its arguments. Raises ValueError for what it does not know."""
     name = given[0]
     if name not in VERBS:
         raise ValueError(f"no command {name!r}; did you mean {_nearest(name, VERBS)!r}? (try: roost --help)")
@@ -83,7 +89,7 @@ def _run(given: list[str]) -> int:
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     args, unknown = parser.parse_known_intermixed_args(given[1:])
     _refuse(parser, unknown)
-    return verb.run(args)
+    return verb, args
 
 
 def _refuse(parser: argparse.ArgumentParser, unknown: Sequence[str]) -> None:
