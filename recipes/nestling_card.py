@@ -2,8 +2,9 @@
 
     python recipes/nestling_card.py --run runs/nestling --corpus corpus/nestling
 
-Every figure on the card is measured here: bits per byte of the held-out texts read once from front to back, beside
-xz -9e, beside adaptive byte models of order 0 to 3 that start untrained like xz does, and beside the untrained network.
+Every figure on the card is measured here: bits per byte of the held-out texts, each document read from its boundary,
+beside xz -9e, beside adaptive byte models of order 0 to 3 that start untrained like xz does, and beside the untrained
+network.
 """
 
 from __future__ import annotations
@@ -43,24 +44,31 @@ def adaptive(text: bytes, order: int) -> float:
     return bits / len(text)
 
 
-def documents(corpus: Path) -> dict[str, bytes]:
-    """The held-out texts and the demo's document."""
-    out: dict[str, bytes] = {}
+def documents(corpus: Path) -> dict[str, list[bytes]]:
+    """The documents of the held-out texts, and the demo's document."""
+    out: dict[str, list[bytes]] = {}
     for path in sorted(corpus.glob("valid-*.bin")):
-        out[path.stem] = bytes(int(token) - 1 for token in TokenFile(path).tokens if token)
-    out["example.txt"] = EXAMPLE.read_bytes()
+        file = TokenFile(path)
+        out[path.stem] = [bytes(int(id) - 1 for id in file.documents(i) if id) for i in range(file.count)]
+    out["example.txt"] = [EXAMPLE.read_bytes()]
     return out
 
 
-def table(model: roost.RWKV, fresh: roost.RWKV, texts: dict[str, bytes]) -> str:
-    """Markdown: one row per text."""
+def predicted(model: roost.RWKV, texts: list[bytes]) -> float:
+    """Bits per byte over all documents."""
     tokenizer = roost.WorldTokenizer.byte_level()
+    scores = [roost.bits_per_byte(model, tokenizer, text) for text in texts]
+    return sum(score.bits for score in scores) / sum(score.bytes for score in scores)
+
+
+def table(model: roost.RWKV, fresh: roost.RWKV, texts: dict[str, list[bytes]]) -> str:
+    """Markdown: one row per text."""
     rows = [
         "| text | bytes | nestling | xz -9e | order 0 | order 1 | order 2 | order 3 | untrained network |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
-    for name, text in texts.items():
-        scores = [roost.bits_per_byte(m, tokenizer, text).bits_per_byte for m in (model, fresh)]
+    for name, parts in texts.items():
+        text, scores = b"".join(parts), [predicted(m, parts) for m in (model, fresh)]
         orders = [adaptive(text, order) for order in range(4)]
         cells = [f"**{scores[0]:.3f}**", f"{xz(text):.3f}", *(f"{bits:.3f}" for bits in orders), f"{scores[1]:.3f}"]
         rows.append(f"| {name} | {len(text):,} | " + " | ".join(cells) + " |")

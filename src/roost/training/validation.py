@@ -26,7 +26,7 @@ class Held(NamedTuple):
 def validate(model: RWKV, held: Held, rows: int = 16, chunk: int = 512) -> tuple[float, float]:
     """(nats per token, bits per byte): the stream is cut into `rows` long rows, read in chunks with carried state.
 
-    Every row begins from the initial state, so the figure is an upper bound of one uninterrupted reading; the last
+    Every row begins from the initial state, so the figure is a little above that of one uninterrupted reading; the last
     tokens, fewer than `rows`, are left out. Chunks are shortened where the logits would take more than 256 MB.
     """
     rows = max(1, min(rows, len(held.tokens) // 64))
