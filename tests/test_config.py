@@ -32,6 +32,10 @@ def test_table_11(name: str) -> None:
 
 def test_other_published_counts() -> None:
     assert ModelConfig("dove", 12, 768, vocab_size=50277).parameters == 169342464
+    for name, layers, width in (("0.4b", 24, 1024), ("1.5b", 24, 2048), ("3b", 32, 2560), ("7b", 32, 4096)):
+        config = PRESETS[f"dove-{name}"]  # 13 D^2 L + 11 D L + 4 D + 2 D V, architecture of RWKV-v4neo
+        assert config.parameters == (13 * width + 11) * width * layers + 4 * width + 2 * width * 65536
+        assert config.inference_flops == 2 * config.parameters
     assert ModelConfig("finch", 12, 768, vocab_size=50277).parameters == 173517312
     assert ModelConfig("eagle", 24, 512, vocab_size=128).parameters == 82094080
     assert replace(PRESETS["finch-7b"], shift_rank=32, decay_rank=64).parameters == 7577026560

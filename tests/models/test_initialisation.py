@@ -100,10 +100,12 @@ def matrices(block: torch.nn.Module, layer: int, init: str) -> None:
     assert not block.att.ln_x.bias.any()
 
 
+@pytest.mark.parametrize("init", ["current", "legacy", "paper"])
 @pytest.mark.parametrize("layer", range(L))
-def test_dove(layer: int) -> None:
+def test_dove(layer: int, init: str) -> None:
+    """RWKV-v4neo's one rule, whatever the name."""
     rho0, rho1 = layer / (L - 1), 1 - layer / L
-    block = built("dove").blocks[layer]
+    block = built("dove", init).blocks[layer]
     close(block.att.time_decay, -5 + 8 * i ** (0.7 + 1.3 * rho0))
     close(block.att.time_first, log(0.3) + 0.5 * zigzag)
     close(block.att.time_mix_k, d**rho1)

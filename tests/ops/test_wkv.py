@@ -285,6 +285,23 @@ def test_compiles_without_a_graph_break() -> None:
         assert torch.allclose(a, b, rtol=1e-12)
 
 
+def test_saves_its_inputs_only() -> None:
+    """The backward pass recomputes: nothing of the size of a chunk's products is kept between the passes."""
+    x = [t.requires_grad_() for t in inputs(70)]
+    saved: list[int] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.data_ptr()) or t, lambda t: t):
+        roost.wkv(*x)
+    assert sorted(saved) == sorted(t.data_ptr() for t in x)
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_packed_documents_compile_too() -> None:
+    x = inputs(20, B=1, rows=2)
+    plain = roost.wkv(*x, cu_seqlens=[0, 7, 20])
+    compiled = torch.compile(lambda *a: roost.wkv(*a, cu_seqlens=[0, 7, 20]), fullgraph=True, backend="aot_eager")(*x)
+    assert all(torch.equal(a, b) for a, b in zip(plain, compiled, strict=True))
+
+
 def test_checkpointing_gives_the_same_gradients() -> None:
     from torch.utils.checkpoint import checkpoint
 
