@@ -13,7 +13,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 LAYERS = [
-    {"tokenizer", "vocabulary", "config", "state", "files", "ops"},
+    {"tokenizer", "vocabulary", "config", "state", "files", "checks", "ops"},
     {"models"},
     {"checkpoint", "formats", "chat", "data"},
     {"inference"},

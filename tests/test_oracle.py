@@ -59,7 +59,6 @@ torch.save(out, sys.argv[3])
 @pytest.fixture(scope="module")
 def package(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Weights, np.ndarray, list[np.ndarray]]]:
     """Per case: the checkpoint, and the `rwkv` package's logits and final state for it (fp32, CPU, own process)."""
-    pytest.importorskip("rwkv")
     folder = tmp_path_factory.mktemp("package")
     made: dict[str, dict[str, torch.Tensor]] = {}
     for case, (version, bonus_name, time_state) in CASES.items():

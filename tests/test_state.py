@@ -31,6 +31,8 @@ def test_file_keeps_every_bit(tmp_path: Path, batch: int) -> None:
     state = filled(batch)
     state.save(tmp_path / "s.state")
     assert same(State.load(tmp_path / "s.state"), state)
+    (tmp_path / "plain").touch()  # others may read the one where they may read the other
+    assert (tmp_path / "s.state").stat().st_mode == (tmp_path / "plain").stat().st_mode
 
 
 def test_bf16_shift_and_no_alias(tmp_path: Path) -> None:

@@ -1,4 +1,7 @@
-"""roost.tokenizer against two independent implementations, on stress input and on real text."""
+"""roost.tokenizer against two independent implementations, on stress input and on real text.
+
+They are the Rust one of `pyrwkv-tokenizer` and the original Python trie of the `rwkv` package.
+"""
 
 from __future__ import annotations
 
@@ -7,15 +10,22 @@ import random
 import sysconfig
 from collections.abc import Iterator
 from importlib.resources import files
-from itertools import islice
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 import pytest
+import rwkv
+from hypothesis import given
+from hypothesis import strategies as st
+from pyrwkv_tokenizer import RWKVTokenizer
+from rwkv.rwkv_tokenizer import TRIE_TOKENIZER
 
 from roost.tokenizer import WorldTokenizer
 
 WORLD = WorldTokenizer()
+RUST = RWKVTokenizer()
+TRIE = TRIE_TOKENIZER(str(Path(str(rwkv.__file__)).with_name("rwkv_vocab_v20230424.txt")))
 
 
 def udhr() -> list[dict[str, Any]]:
@@ -40,9 +50,18 @@ def stress() -> Iterator[str]:
 
 
 def real_text() -> Iterator[str]:
-    """Mixed text of this machine, in a fixed order: the UDHR, installed documentation and data, sources."""
-    for language in udhr():
-        yield "\n".join(language["articles"])
+    """The Universal Declaration of Human Rights in 102 languages, then what Python's installation holds.
+
+    The declaration is read three times: language by language, article by article and word by word, the last two going
+    through all languages in turn, so that scripts meet within a text and within a line. Then come the documentation
+    (*.md, *.txt) of the installed packages, the standard library's *.py, and theirs, in the order of their paths; the
+    folders are sysconfig's "purelib" and "stdlib". Files of 2 MB and more are left out.
+    """
+    languages = [language["articles"] for language in udhr()]
+    yield from map("\n".join, languages)
+    yield from map("\n".join, zip_longest(*languages, fillvalue=""))
+    words = zip_longest(*(" ".join(articles).split() for articles in languages), fillvalue="")
+    yield "\n".join(map(" ".join, words))
     library, packages = Path(sysconfig.get_path("stdlib")), Path(sysconfig.get_path("purelib"))
     for folder, pattern in ((packages, "*.md"), (packages, "*.txt"), (library, "*.py"), (packages, "*.py")):
         for path in sorted(folder.rglob(pattern)):
@@ -61,17 +80,25 @@ def up_to(texts: Iterator[str], size: int) -> list[str]:
     raise AssertionError(f"{size} bytes short: this machine has too little text")
 
 
-def test_agrees_with_pyrwkv_tokenizer_on_stress_input_and_real_text() -> None:
-    peer = pytest.importorskip("pyrwkv_tokenizer", reason="the independent Rust implementation").RWKVTokenizer()
+@pytest.mark.slow
+def test_agrees_with_both_on_stress_input_and_real_text() -> None:
     for text in (*stress(), *up_to(real_text(), 21_000_000)):
-        assert WORLD.encode(text) == peer.encode(text), text[:80]
+        ids = WORLD.encode(text)
+        assert ids == RUST.encode(text), text[:80]
+        assert ids == TRIE.encode(text), text[:80]
 
 
-def test_agrees_with_the_rwkv_package_on_stress_input_and_real_text() -> None:
-    module = pytest.importorskip("rwkv.rwkv_tokenizer", reason="the original Python trie")
-    peer = module.TRIE_TOKENIZER(str(Path(module.__file__).with_name("rwkv_vocab_v20230424.txt")))
-    rng = random.Random(8)
-    for data in [rng.randbytes(200) for _ in range(500)]:
-        assert WORLD.encode(data) == peer.encodeBytes(data)
-    for text in (*islice(stress(), 0, None, 3), *up_to(real_text(), 2_000_000)):
-        assert WORLD.encode(text) == peer.encode(text), text[:80]
+@given(st.text())
+def test_agrees_with_both_on_any_text(text: str) -> None:
+    assert WORLD.encode(text) == RUST.encode(text) == TRIE.encode(text)
+
+
+@given(st.binary())
+def test_agrees_with_the_trie_on_any_bytes(data: bytes) -> None:
+    """The Rust tokenizer takes text only."""
+    assert WORLD.encode(data) == TRIE.encodeBytes(data)
+
+
+def test_agrees_with_the_trie_on_long_random_bytes() -> None:
+    data = random.Random(8).randbytes(100_000)
+    assert WORLD.encode(data) == TRIE.encodeBytes(data)

@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from roost.checks import usable_device
 from roost.config import ModelConfig
 from roost.files import replacing
 from roost.formats import fla, huggingface, official, storage
@@ -129,7 +130,7 @@ def load(
 
     Raises ValueError for anything that cannot be loaded, naming the file, the variant or the tensors, and what to do.
     """
-    target = _device(device)
+    target = usable_device(device)
     if dtype is not None and dtype not in DTYPES.values():
         raise ValueError(f"dtype is {dtype}; it must be one of {', '.join(str(known) for known in DTYPES.values())}")
     if dtype == torch.float16:
@@ -292,16 +293,6 @@ def _dtypes(weights: dict[str, Tensor]) -> dict[str, torch.dtype]:
             wide = torch.promote_types(main, value.dtype)
             out[name] = torch.float32 if wide == torch.float64 else wide
     return out
-
-
-def _device(device: torch.device | str) -> torch.device:
-    try:
-        found = torch.device(device)
-    except RuntimeError as error:
-        raise ValueError(f"device {device!r} is unknown: {str(error).splitlines()[0]}") from error
-    if found.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device is {found}, but this machine has no usable CUDA device")
-    return found
 
 
 def _tokenizer(vocab_size: int) -> WorldTokenizer | None:

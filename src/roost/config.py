@@ -7,7 +7,9 @@ Refuses to know: tensors, files, devices.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
+
+from roost.checks import choice, instance, nearest, whole
 
 Generation = Literal["dove", "eagle", "finch"]
 """dove = RWKV-4, eagle = RWKV-5 (5.0, 5.1, 5.2), finch = RWKV-6 (x060)."""
@@ -33,7 +35,7 @@ class ModelConfig:
     time_state   True when the weights hold a tuned initial state per layer (eagle and finch)
     group_norm_eps  64e-5 for every real checkpoint (1e-5 * head_size_divisor ** 2, divisor 8)
 
-    Raises ValueError when a number is not positive or dim_att is no multiple of head_size.
+    Raises ValueError when a number is not positive, of another type, or when dim_att is no multiple of head_size.
     """
 
     generation: Generation
@@ -50,8 +52,9 @@ class ModelConfig:
     group_norm_eps: float = GROUP_NORM_EPS
 
     def __post_init__(self) -> None:
-        if self.generation not in ("dove", "eagle", "finch"):
-            raise ValueError(f"generation is {self.generation!r}; it must be 'dove', 'eagle' or 'finch'")
+        choice("generation", self.generation, get_args(Generation))
+        for name in ("n_layer", "n_embd", "vocab_size", "dim_att", "dim_ffn", "head_size", "shift_rank", "decay_rank"):
+            object.__setattr__(self, name, whole(name, getattr(self, name)))
         wide = self.n_embd >= 4096
         rules = {
             "dim_att": self.n_embd,
@@ -117,26 +120,59 @@ class ModelConfig:
         return 3 * self.inference_flops
 
 
-PRESETS: dict[str, ModelConfig] = {
-    "dove-tiny": ModelConfig("dove", 3, 64, vocab_size=257),
-    "dove-0.1b": ModelConfig("dove", 12, 768),
-    "dove-0.4b": ModelConfig("dove", 24, 1024),
-    "dove-1.5b": ModelConfig("dove", 24, 2048),
-    "dove-3b": ModelConfig("dove", 32, 2560),
-    "dove-7b": ModelConfig("dove", 32, 4096),
-    "dove-14b": ModelConfig("dove", 40, 5120, vocab_size=50277),
-    "eagle-tiny": ModelConfig("eagle", 3, 64, vocab_size=257, head_size=32),
-    "eagle-0.1b": ModelConfig("eagle", 12, 768),
-    "eagle-0.4b": ModelConfig("eagle", 24, 1024),
-    "eagle-1.5b": ModelConfig("eagle", 24, 2048),
-    "eagle-3b": ModelConfig("eagle", 32, 2560),
-    "eagle-7b": ModelConfig("eagle", 32, 4096),
-    "finch-tiny": ModelConfig("finch", 3, 64, vocab_size=257, head_size=32, shift_rank=8, decay_rank=16),
-    "finch-0.1b": ModelConfig("finch", 12, 768),
-    "finch-1.6b": ModelConfig("finch", 24, 2048),
-    "finch-3b": ModelConfig("finch", 32, 2560),
-    "finch-7b": ModelConfig("finch", 32, 4096),
-    "finch-14b": ModelConfig("finch", 61, 4096),
-    "nestling": ModelConfig("finch", 4, 256, vocab_size=257),
-}
+LARGEST = 2**48
+"""Bytes (256 TiB) beyond which weights or a state are a mistake in the sizes."""
+
+
+def check_config(config: object) -> None:
+    """Raise ValueError unless `config` is a ModelConfig whose fp32 weights stay below LARGEST."""
+    hint = f"write PRESETS[{nearest(config, PRESETS)!r}]" if isinstance(config, str) else "see PRESETS"
+    instance("config", config, ModelConfig, hint)
+    assert isinstance(config, ModelConfig)
+    check_bytes("the weights", 4 * config.parameters)
+
+
+def check_bytes(what: str, count: int) -> None:
+    """Raise ValueError when `what` would need more than LARGEST bytes."""
+    if count > LARGEST:
+        raise ValueError(f"{what} would need {count:,} bytes; check the sizes")
+
+
+class UnknownPreset(KeyError, ValueError):
+    """No preset of that name; the message names the nearest."""
+
+    __str__ = ValueError.__str__  # KeyError would show the message in quotes
+
+
+class Presets(dict[str, ModelConfig]):
+    """Sizes by name; an unknown name raises UnknownPreset."""
+
+    def __missing__(self, name: object) -> ModelConfig:
+        raise UnknownPreset(f"no preset {name!r}; did you mean {nearest(name, self)!r}?")
+
+
+PRESETS = Presets(
+    {
+        "dove-tiny": ModelConfig("dove", 3, 64, vocab_size=257),
+        "dove-0.1b": ModelConfig("dove", 12, 768),
+        "dove-0.4b": ModelConfig("dove", 24, 1024),
+        "dove-1.5b": ModelConfig("dove", 24, 2048),
+        "dove-3b": ModelConfig("dove", 32, 2560),
+        "dove-7b": ModelConfig("dove", 32, 4096),
+        "dove-14b": ModelConfig("dove", 40, 5120, vocab_size=50277),
+        "eagle-tiny": ModelConfig("eagle", 3, 64, vocab_size=257, head_size=32),
+        "eagle-0.1b": ModelConfig("eagle", 12, 768),
+        "eagle-0.4b": ModelConfig("eagle", 24, 1024),
+        "eagle-1.5b": ModelConfig("eagle", 24, 2048),
+        "eagle-3b": ModelConfig("eagle", 32, 2560),
+        "eagle-7b": ModelConfig("eagle", 32, 4096),
+        "finch-tiny": ModelConfig("finch", 3, 64, vocab_size=257, head_size=32, shift_rank=8, decay_rank=16),
+        "finch-0.1b": ModelConfig("finch", 12, 768),
+        "finch-1.6b": ModelConfig("finch", 24, 2048),
+        "finch-3b": ModelConfig("finch", 32, 2560),
+        "finch-7b": ModelConfig("finch", 32, 4096),
+        "finch-14b": ModelConfig("finch", 61, 4096),
+        "nestling": ModelConfig("finch", 4, 256, vocab_size=257),
+    }
+)
 """Every size of the paper, 0.1b of each generation, the RWKV-4 sizes, tiny twins for tests, and what ships."""

@@ -27,19 +27,22 @@ def replacing(path: str | os.PathLike[str]) -> Generator[Path, None, None]:
     target = Path(os.path.realpath(path))
     if not target.parent.is_dir():
         raise ValueError(f"cannot write {path}: the directory {target.parent} does not exist")
-    mode = None
+    mode = 0
     if target.exists():
         mode = target.stat().st_mode
         if not stat.S_ISREG(mode):
             raise ValueError(f"cannot write {path}: it is {'a directory' if target.is_dir() else 'not a regular file'}")
     temporary = target.with_name(f".roost-{secrets.token_hex(8)}.tmp")
-    os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+    try:
+        os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+    except OSError as error:
+        raise OSError(f"cannot write {path}: {error.strerror}") from error
+    mode = mode or temporary.stat().st_mode  # what the umask allows; safetensors makes its files private
     try:
         yield temporary
         with temporary.open("rb") as written:
             os.fsync(written.fileno())
-        if mode is not None:
-            temporary.chmod(stat.S_IMODE(mode))
+        temporary.chmod(stat.S_IMODE(mode))
         temporary.replace(target)
     except BaseException:
         with suppress(FileNotFoundError):

@@ -11,14 +11,15 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from roost.config import ModelConfig
+from roost.checks import integers, whole
+from roost.config import ModelConfig, check_bytes, check_config
 from roost.files import disk_errors, replacing
 
 _FORMAT = "roost-state-1"
@@ -57,9 +58,13 @@ class State(NamedTuple):
         dtype: torch.dtype = torch.float32,
         fingerprint: str = "",
     ) -> State:
-        """The state before the first token: zeros (dove: pp = -1e30, the exponent of an empty sum)."""
-        if batch < 0:
-            raise ValueError(f"batch is {batch}; it must be at least 0")
+        """The state before the first token: zeros (dove: pp = -1e30, the exponent of an empty sum).
+
+        Raises ValueError for absurd sizes.
+        """
+        check_config(config)
+        batch = whole("batch", batch, 0)
+        check_bytes(f"a state of {batch} row(s)", batch * config.state_bytes)
         precise = torch.float64 if dtype == torch.float64 else torch.float32
         layers: list[LayerState] = []
         for _ in range(config.n_layer):
@@ -85,7 +90,7 @@ class State(NamedTuple):
 
     def select(self, rows: int | Sequence[int]) -> State:
         """The given rows as a new state, in that order; a row may repeat (a fork). Raises ValueError out of range."""
-        wanted = [rows] if isinstance(rows, int) else list(rows)
+        wanted = integers("rows", rows if isinstance(rows, Iterable) else [rows])
         for row in wanted:
             if not 0 <= row < self.batch:
                 raise ValueError(f"row {row} does not exist: the state has {self.batch} row(s)")
@@ -145,8 +150,10 @@ class State(NamedTuple):
         """Read a file written by `save`. Raises ValueError when it is missing, not a state, or damaged."""
         from safetensors import SafetensorError, safe_open
 
-        if not Path(path).is_file():
-            raise ValueError(f"no state file at {path}")
+        if os.fspath(path) and Path(path).is_dir():
+            raise ValueError(f"{path} is a directory; name a state file")
+        if not os.fspath(path) or not Path(path).is_file():
+            raise ValueError(f"no state file at {os.fspath(path)!r}")
         try:
             with safe_open(path, "pt") as opened:
                 file: Any = opened  # safetensors leaves it untyped

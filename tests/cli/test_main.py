@@ -165,6 +165,17 @@ def test_read_saves_scores_and_reports(model: str, tmp_path: Path, capsys: pytes
     assert State.load(scored).tokens == (2 * text.stat().st_size + 1,)
 
 
+def test_what_was_read_is_written_on_from(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text, state = tmp_path / "t.txt", str(tmp_path / "s.state")
+    text.write_text("It was a dark and stormy night")
+    assert main(["read", model, str(text), "--save", state]) == 0
+    capsys.readouterr()
+    assert main(["generate", model, "; the", "--state", state, "--temperature", "0", "--max-tokens", "9"]) == 0
+    whole = "It was a dark and stormy night; the"
+    expected = generate(load(model)[0], BYTES, whole, Sampling.chatrwkv(temperature=0.0, **PLAIN), max_tokens=9)
+    assert capsys.readouterr().out == expected.text + "\n"
+
+
 def test_read_from_standard_input(
     model: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -9,6 +9,7 @@ import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 from urllib.parse import unquote, urlsplit
 
 import pytest
@@ -127,6 +128,15 @@ def test_a_repository(server: Hub, tmp_path: Path) -> None:
     assert again.fingerprint == model.fingerprint and len(server.fetched) == 2
 
 
+def test_the_name_of_a_published_model(server: Hub, tmp_path: Path) -> None:
+    torch.save(make_checkpoint("6", n_embd=64, head_size=16, vocab=257), tmp_path / "a.pth")
+    folder = checkpoint.convert(tmp_path / "a.pth", tmp_path / "hf")
+    server.repos["RWKV/v6-Finch-1B6-HF"] = {"main": contents(folder)}
+    model, _ = checkpoint.load("RWKV/v6-Finch-1B6-HF", endpoint=server.url, cache_dir=tmp_path / "cache")
+    assert model.config.generation == "finch" and server.fetched == ["model.safetensors"]
+    assert model.fingerprint == checkpoint.load(tmp_path / "a.pth")[0].fingerprint
+
+
 def test_without_a_connection_the_cache_serves(server: Hub, tmp_path: Path, pth: Path) -> None:
     server.repos["owner/name"] = {"main": exported(tmp_path / "1", 1)}
     server.repos["owner/several"] = {"main": {"a.pth": pth.read_bytes(), "b.pth": b"?"}}
@@ -227,6 +237,12 @@ def test_names_that_lead_nowhere(name: str, message: str, pth: Path, monkeypatch
     monkeypatch.chdir(pth.parent)
     with pytest.raises(ValueError, match=message):
         checkpoint.load(name)
+
+
+@pytest.mark.parametrize("x", [None, 3, b"a.pth", ["a.pth"]])
+def test_what_is_no_name_at_all(x: Any) -> None:
+    with pytest.raises(ValueError, match=re.escape(f"{x!r} is a {type(x).__name__}: give a path or the name")):
+        checkpoint.load(x)
 
 
 def test_what_ships_and_what_shadows_it(tmp_path: Path, pth: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -217,6 +217,24 @@ def test_fla_import(tmp_path: Path) -> None:
     agrees(tmp_path / "a.safetensors", weights)
 
 
+@pytest.mark.parametrize("source", ["fla", "Hugging Face", "Hugging Face, sharded .bin"])
+@pytest.mark.parametrize("target", ["a.pth", "a.safetensors", "folder"])
+def test_every_dialect_converts_into_every_form(source: str, target: str, tmp_path: Path) -> None:
+    weights = make_checkpoint("6", **widths("6"))
+    theirs, folder = to_fla(weights) if source == "fla" else renamed(weights, "6"), tmp_path / "source"
+    folder.mkdir()
+    if source.endswith(".bin"):
+        for n in range(2):
+            torch.save({k: theirs[k] for k in list(theirs)[n::2]}, folder / f"pytorch_model-{n + 1:05d}-of-00002.bin")
+    else:
+        save_file(theirs, folder / "model.safetensors")
+    out = checkpoint.convert(folder, tmp_path / target)
+    tokens = torch.tensor([TOKENS])
+    before, after = (checkpoint.load(path)[0](tokens)[0] for path in (folder, out))
+    assert torch.equal(before, after)
+    agrees(out, weights)
+
+
 @pytest.mark.parametrize(
     ("name", "shape", "message"),
     [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -114,6 +115,7 @@ VARIANTS: list[tuple[dict[str, Tensor], str]] = [
     ({"transformer.h.0.attn.weight": ONE}, "not an RWKV checkpoint"),
     ({}, "no tensors"),
 ]
+ACTION = re.compile(r"[;:,] (run it|load it|load the|read it|merge it|copy its|get the|give it) ?")
 
 
 @pytest.mark.parametrize(("weights", "message"), VARIANTS, ids=lambda x: x if isinstance(x, str) else "")
@@ -129,6 +131,7 @@ def test_unsupported_variants_are_named(weights: dict[str, Tensor], message: str
     with pytest.raises(ValueError, match=message) as refused:
         checkpoint.load(path)
     assert str(path) in str(refused.value) and "\n" not in str(refused.value)
+    assert ACTION.search(str(refused.value)), refused.value
 
 
 def test_a_file_converted_by_chatrwkv_is_named(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import rwkv.utils
 import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
@@ -231,13 +232,7 @@ def test_fields_may_be_ints_and_lists(users: Any) -> None:
     assert params.order == "temperature_first" and hash(params) == hash(users.Sampling.openai(stop=("a",), bans=(3,)))
 
 
-@pytest.fixture
-def package(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """rwkv.utils of the `rwkv` package."""
-    return pytest.importorskip("rwkv.utils", reason="the independent sampler is the `rwkv` package's")
-
-
-def captured(package: Any, monkeypatch: pytest.MonkeyPatch, choose: Any = None) -> list[NDArray[np.float64]]:
+def captured(monkeypatch: pytest.MonkeyPatch, choose: Any = None) -> list[NDArray[np.float64]]:
     """The probabilities the package hands to its random generator, call by call; `choose` picks the token."""
     seen: list[NDArray[np.float64]] = []
 
@@ -245,7 +240,7 @@ def captured(package: Any, monkeypatch: pytest.MonkeyPatch, choose: Any = None) 
         seen.append(np.array(p, dtype=np.float64))
         return int(p.argmax()) if choose is None else choose(len(seen) - 1)
 
-    monkeypatch.setattr(package.np.random, "choice", choice)
+    monkeypatch.setattr(rwkv.utils.np.random, "choice", choice)
     return seen
 
 
@@ -260,14 +255,13 @@ def captured(package: Any, monkeypatch: pytest.MonkeyPatch, choose: Any = None) 
 def test_equals_the_rwkv_package(
     seed: int, size: int, temperature: float, top_p: float, top_k: int, coarse: bool
 ) -> None:
-    package = pytest.importorskip("rwkv.utils", reason="the independent sampler is the `rwkv` package's")
     z = torch.randn(size, generator=torch.Generator().manual_seed(seed)) * 4
     if coarse:
         z = z.round()  # many ties
         assume(not top_k)  # which of equal tokens top_k keeps is arbitrary in the package
     with pytest.MonkeyPatch.context() as patch:
-        seen = captured(package, patch)
-        package.PIPELINE.sample_logits(None, z.clone(), temperature, top_p, top_k)
+        seen = captured(patch)
+        rwkv.utils.PIPELINE.sample_logits(None, z.clone(), temperature, top_p, top_k)
     numbers: dict[str, Any] = {"temperature": temperature, "top_p": top_p, "top_k": top_k}
     assert np.array_equal(probabilities(z, Sampling(strict_ties=True, **numbers)), seen[0])
     q = torch.softmax(z.double(), -1).sort(descending=True).values.cumsum(0)
@@ -286,18 +280,18 @@ class _Scripted:
         return self.script[self.calls - 1].clone(), state
 
 
-def test_equals_the_rwkv_package_through_a_generation(package: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_equals_the_rwkv_package_through_a_generation(monkeypatch: pytest.MonkeyPatch) -> None:
     """Bans, penalties with decay, digits that do not count: every distribution of a scripted generation."""
     monkeypatch.setattr(sys, "path", list(sys.path))
-    pipeline = package.PIPELINE(None, "rwkv_vocab_v20230424")
+    pipeline = rwkv.utils.PIPELINE(None, "rwkv_vocab_v20230424")
     favourites = [49, 100, 33, 2000, 50, 100, 621, 3880, 709, 10]
     rounds = 25
     script = torch.randn(rounds, 65536, generator=torch.Generator().manual_seed(1)) * 2
     script[:, favourites] += 14
     script[:, 65530:] = script[:, 0] = -1e4  # the package masks neither
-    args = package.PIPELINE_ARGS(temperature=1.3, top_p=0.9, token_ban=[2000, 7], alpha_presence=0.3)
+    args = rwkv.utils.PIPELINE_ARGS(temperature=1.3, top_p=0.9, token_ban=[2000, 7], alpha_presence=0.3)
     picks = [favourites[(step * 7) % len(favourites)] for step in range(rounds)]
-    seen = captured(package, monkeypatch, lambda step: picks[step])
+    seen = captured(monkeypatch, lambda step: picks[step])
     pipeline.model = _Scripted(script)
     pipeline.generate("x", rounds, args)
 

@@ -1,4 +1,4 @@
-"""Files that roost writes, read by the `rwkv` package: both compute the same logits on real text.
+"""Original files and those that roost writes, read by the `rwkv` package: the same logits as roost's on real text.
 
 The package reads the first half in one call and the rest token by token, its two code paths. It guesses the version
 from the order of the keys, so that is tested too. It runs alone because it reads the environment when it is imported.
@@ -31,7 +31,7 @@ CASES: dict[str, tuple[Version, BonusName | None, bool]] = {
     "upcycled": ("5.2", None, False),
 }
 READ_AS = {"5.1": 5.2, "5.1-exp": 5.2, "upcycled": 6.0}
-"""5.1 is written as the 5.2 it equals."""
+"""The versions that are written as another one: 5.1 as the 5.2 it equals."""
 SPLIT = 150
 
 PACKAGE = """
@@ -40,7 +40,7 @@ torch.set_num_threads(1)
 from rwkv.model import RWKV
 tokens, out = torch.load(sys.argv[1], weights_only=True).tolist(), {}
 for path in sys.argv[4:]:
-    model = RWKV(path, "cpu fp32", verbose=False)
+    model = RWKV(path.removesuffix(".pth"), "cpu fp32", verbose=False)
     logits, state = model.forward(tokens[:int(sys.argv[2])], None, full_output=True)
     rows = [logits]
     for token in tokens[int(sys.argv[2]):]:
@@ -58,41 +58,47 @@ def text() -> Tensor:
     return torch.tensor([byte + 1 for byte in b"".join(articles)])
 
 
+Read = tuple[Tensor, float]
+"""The package's logits for a file, and the version that it takes it for."""
+
+
 @pytest.fixture(scope="module")
-def package(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Tensor, float]]:
-    """Per case: the file that was given to `roost.load`, the package's logits for what roost wrote, its version."""
-    pytest.importorskip("rwkv")
+def package(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Read, Read]]:
+    """Per case: the original file, what the package makes of it, and what it makes of the file that roost wrote."""
     folder = tmp_path_factory.mktemp("package")
     torch.save(text(), folder / "tokens.pt")
-    given = {}
+    paths = {case: (folder / f"original-{case}.pth", folder / f"written-{case}.pth") for case in CASES}
     for seed, (case, (version, bonus_name, time_state)) in enumerate(CASES.items()):
-        given[case] = folder / f"given-{case}.pth"
-        torch.save(make_checkpoint(version, bonus_name=bonus_name, time_state=time_state, seed=seed), given[case])
+        original, written = paths[case]
+        torch.save(make_checkpoint(version, bonus_name=bonus_name, time_state=time_state, seed=seed), original)
         if case == "upcycled":
-            checkpoint.convert(given[case], folder / f"{case}.pth", to="finch")
+            checkpoint.convert(original, written, to="finch")
         else:
-            checkpoint.load(given[case])[0].save(folder / f"{case}.pth")
-    paths = {case: str(folder / case) for case in CASES}
+            checkpoint.load(original)[0].save(written)
+    files = [str(path) for pair in paths.values() for path in pair]
     subprocess.run(
-        [sys.executable, "-c", PACKAGE, str(folder / "tokens.pt"), str(SPLIT), str(folder / "out.pt"), *paths.values()],
+        [sys.executable, "-c", PACKAGE, str(folder / "tokens.pt"), str(SPLIT), str(folder / "out.pt"), *files],
         env={**os.environ, "RWKV_JIT_ON": "0", "RWKV_CUDA_ON": "0"},
         check=True,
         capture_output=True,
         timeout=300,
     )
     out = torch.load(folder / "out.pt", weights_only=True)
-    return {case: (given[case], out[path][0], round(float(out[path][1]), 1)) for case, path in paths.items()}
+    read = {path: (logits, round(float(version), 1)) for path, (logits, version) in out.items()}
+    return {case: (original, read[str(original)], read[str(written)]) for case, (original, written) in paths.items()}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
-def test_logits(case: str, package: dict[str, tuple[Path, Tensor, float]]) -> None:
-    path, theirs, version = package[case]
+def test_logits(case: str, package: dict[str, tuple[Path, Read, Read]]) -> None:
+    path, original, written = package[case]
     model, _ = checkpoint.load(path)
     with torch.no_grad():
         ours = model(text()[None])[0][0]
-    assert version == READ_AS.get(case, float(CASES[case][0]))
-    assert ours.shape == theirs.shape == (300, 300)
-    difference = float((ours - theirs).abs().max() / ours.std())
-    print(f"RWKV-{case}: largest difference {difference:.1e} of the logits' standard deviation")
-    assert difference <= 2e-4 and torch.equal(ours.argmax(-1), theirs.argmax(-1))
+    number = float(CASES[case][0])
+    assert original[1] == number and written[1] == READ_AS.get(case, number)
+    for name, (theirs, _) in {"original": original, "written": written}.items():
+        assert ours.shape == theirs.shape == (300, 300)
+        difference = float((ours - theirs).abs().max() / ours.std())
+        print(f"RWKV-{case}, {name}: largest difference {difference:.1e} of the logits' standard deviation")
+        assert difference <= 2e-4 and torch.equal(ours.argmax(-1), theirs.argmax(-1))

@@ -201,9 +201,21 @@ def test_what_a_kill_leaves_behind(tmp_path: Path, corpus: Path) -> None:
     train(RWKV(PRESETS["finch-tiny"]), data, run, resume=True)
     assert losses(tmp_path / "run") == whole and not list((tmp_path / "run").glob(".*.tmp"))
     newest = checkpoints(tmp_path / "run")[-1]
+    flipped = bytearray(newest.read_bytes())
+    flipped[len(flipped) // 2] ^= 1
+    newest.write_bytes(flipped)
+    with pytest.raises(ValueError, match=r"step-8.pt is damaged.*checksums"):
+        train(RWKV(PRESETS["finch-tiny"]), data, run, resume=True)
     newest.write_bytes(newest.read_bytes()[:1000])
     with pytest.raises(ValueError, match=r"step-8.pt is damaged: delete it; the run then goes on from step-4.pt"):
         train(RWKV(PRESETS["finch-tiny"]), data, run, resume=True)
+
+
+def test_validation_is_checked_before_the_run(tmp_path: Path, corpus: Path) -> None:
+    held = {"short": Held(torch.tensor([5]), byte_lengths(257))}
+    with pytest.raises(ValueError, match="short has 1 token"):
+        train(RWKV(PRESETS["finch-tiny"]), TokenLoader(corpus, 32, 4), config(tmp_path / "run"), validation=held)
+    assert not (tmp_path / "run" / "log.jsonl").exists()
 
 
 def test_16_bit_weights_are_not_trained(tmp_path: Path, corpus: Path) -> None:

@@ -12,7 +12,9 @@ from __future__ import annotations
 import argparse
 import difflib
 import os
+import signal
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from io import TextIOWrapper
@@ -40,6 +42,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line (None: the process's) and return its exit code. Never raises without `--debug`."""
     given = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in given
+    for name in ("stdin", "stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by whoever started the process
+            setattr(sys, name, open(os.devnull, "r+" if name == "stdin" else "w"))  # noqa: PTH123, SIM115
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, _terminated)
     for file in (sys.stdin, sys.stdout, sys.stderr):
         if isinstance(file, TextIOWrapper) and file.errors != "replace":
             file.reconfigure(errors="replace")  # text is data here; a terminal that lacks a character is no error
@@ -50,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             status = _run([word for word in given if word != "--debug"])
             sys.stdout.flush()
             return status
-    except SystemExit as asked:  # --help, --version
+    except SystemExit as asked:  # --help, --version, SIGTERM
         return int(asked.code or 0)
     except KeyboardInterrupt:
         return 130
@@ -116,6 +123,11 @@ def _top() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"roost {__version__}")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser
+
+
+def _terminated(_signal: int, _frame: object) -> NoReturn:
+    """SIGTERM unwinds like Ctrl-C does, so that nothing half-written stays."""
+    raise SystemExit(143)
 
 
 def _nearest(word: str, known: Iterable[str]) -> str:

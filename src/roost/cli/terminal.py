@@ -7,6 +7,7 @@ Refuses to know: models, and what is being read.
 from __future__ import annotations
 
 import sys
+import tempfile
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from pathlib import Path
@@ -89,10 +90,22 @@ def read_bytes(path: str) -> bytes:
     return data
 
 
-def check_writable(path: str | None) -> None:
-    """Complain about a save path now, not after an hour of reading. Raises ValueError."""
-    if path is not None:
-        if Path(path).is_dir():
-            raise ValueError(f"cannot save to {path}: it is a directory")
-        if not Path(path).parent.is_dir():
-            raise ValueError(f"cannot save to {path}: the directory {Path(path).parent} does not exist")
+def check_writable(path: str | None, *inputs: str | None) -> None:
+    """Complain about a save path now, not after an hour of reading; never write over an input. Raises ValueError."""
+    if path is None:
+        return
+    target = Path(path).resolve()
+    if target.is_dir():
+        raise ValueError(f"cannot save to {path}: it is a directory")
+    if not target.parent.is_dir():
+        raise ValueError(f"cannot save to {path}: the directory {target.parent} does not exist")
+    if target.exists() and not target.is_file():
+        raise ValueError(f"cannot save to {path}: it is not a regular file")
+    for other in inputs:
+        if other and Path(other).exists() and target.exists() and target.samefile(other):
+            raise ValueError(f"cannot save to {path}: it is what is being read; choose another name")
+    try:
+        with tempfile.TemporaryFile(dir=target.parent):
+            pass
+    except OSError as error:
+        raise ValueError(f"cannot save to {path}: {error.strerror}") from error

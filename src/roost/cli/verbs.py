@@ -55,15 +55,15 @@ def suited(params: Sampling, args: argparse.Namespace, tokenizer: WorldTokenizer
 
 
 def generate(args: argparse.Namespace) -> int:
-    """Write on from a prompt; Ctrl-C ends the text, and the state of what was written is still saved."""
-    terminal.check_writable(args.save)
+    """Write on from a prompt; Ctrl-C or a closed pipe ends the text, and the state of what was written is kept."""
+    terminal.check_writable(args.save, args.model)
     params = sampling(args, logprobs=args.logprobs or 0)
     prompt = b"" if args.prompt is None else os.fsencode(args.prompt)
     if args.prompt == "-":
         prompt = terminal.read_bytes("-")
     model, tokenizer = load_model(args)
     params = suited(params, args, tokenizer)
-    state = State.load(args.state, args.device) if args.state else None
+    state = State.load(args.state, args.device) if args.state is not None else None
     if prompt.endswith(b": ") and tokenizer.vocab_size > 257:
         print("roost: note: the prompt ends in a space, and tokens begin with it: leave it out", file=sys.stderr)
     with terminal.reading("prompt", model.config.state_bytes) as progress:
@@ -75,9 +75,13 @@ def generate(args: argparse.Namespace) -> int:
                 print(piece, end="", flush=True)
     except KeyboardInterrupt:
         status = 130
+    except BrokenPipeError:
+        status = 141
     found = running.close()
     if args.save:
         found.state.save(args.save)
+    if status == 141:
+        raise BrokenPipeError
     print(json.dumps(_as_json(found), ensure_ascii=False) if args.json else "")
     return status
 
@@ -86,10 +90,10 @@ def read(args: argparse.Namespace) -> int:
     """Read a file into a state, and say how fast; with --score also bits per byte."""
     if not args.save and not args.score:
         raise ValueError("what for? give --save FILE to keep the state, or --score to see bits per byte")
-    terminal.check_writable(args.save)
+    terminal.check_writable(args.save, args.file, args.model)
     data = terminal.read_bytes(args.file)
     model, tokenizer = load_model(args)
-    state = State.load(args.state, args.device) if args.state else None
+    state = State.load(args.state, args.device) if args.state is not None else None
     started, line = time.perf_counter(), ""
     with terminal.reading("reading", model.config.state_bytes) as progress:
         if args.score:
@@ -119,7 +123,7 @@ def chat(args: argparse.Namespace) -> int:
     params = replace(params, min_tokens=1, stop=(*stop, *params.stop))
     model, tokenizer = load_model(args)
     params = suited(params, args, tokenizer)
-    state = State.load(args.state, args.device) if args.state else None
+    state = State.load(args.state, args.device) if args.state is not None else None
     converse(Session(model, tokenizer, params, max_tokens=args.max_tokens, system=args.system, state=state))
     return 0
 

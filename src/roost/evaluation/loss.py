@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from roost.checks import instance, whole
 from roost.models.rwkv import RWKV
 from roost.state import State
 from roost.tokenizer import WorldTokenizer
@@ -50,8 +51,8 @@ def bits_per_byte(
 
     Raises ValueError for an empty text.
     """
-    if chunk < 1:
-        raise ValueError(f"chunk is {chunk}; it must be at least 1")
+    instance("tokenizer", tokenizer, WorldTokenizer, "roost.load gives None for a model without a World vocabulary")
+    chunk = whole("chunk", chunk, 1)
     data = text.encode() if isinstance(text, str) else text
     if not data:
         raise ValueError("the text is empty: there is nothing to score")

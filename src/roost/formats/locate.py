@@ -22,10 +22,12 @@ ASSETS = Path(__file__).parents[1] / "assets"
 
 def resolve(x: str | os.PathLike[str], endpoint: str | None, cache_dir: str | os.PathLike[str] | None) -> Path:
     """The file or directory that `x` means. Raises ValueError naming the nearest thing that exists."""
-    name = os.fspath(x)
+    try:
+        path, name = Path(x), os.fspath(x)
+    except TypeError as error:
+        raise ValueError(f"{x!r} is a {type(x).__name__}: give a path or the name of a model") from error
     if not name or "\0" in name:
         raise ValueError(f"{name!r} is neither a path nor the name of a model")
-    path = Path(name)
     if path.exists():
         return path
     if name in SHIPPED:

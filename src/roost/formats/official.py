@@ -61,7 +61,10 @@ def version_of(weights: Mapping[str, Tensor], where: str = "the checkpoint") -> 
     parts = {match[2]: name for name in weights if (match := _BLOCK.fullmatch(name))}
     if not any(part.startswith(("att.", "ffn.")) for part in parts):
         names = ", ".join(list(weights)[:3])
-        raise ValueError(f"{where} is not an RWKV checkpoint: it has no blocks.N.att tensors, but {names}")
+        raise ValueError(
+            f"{where} is not an RWKV checkpoint: it has no blocks.N.att tensors, but {names};"
+            " load it with the library that wrote it"
+        )
     if any(part.startswith("att.time_maa") for part in parts):
         return "6"
     if not any(part.startswith(("att.ln_x", "att.gate", "att.time_mix_g", "att.time_faaaa")) for part in parts):

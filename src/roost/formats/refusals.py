@@ -19,33 +19,38 @@ _MAGICS: tuple[tuple[bytes, str], ...] = (
     (b"<", "a web page, not the weights; the download went to an error or login page"),
 )
 
+_ELSEWHERE = "run it with the code that trained it"
+
 _KEYS: tuple[tuple[str, str], ...] = (
     (
         r"_(strategy|version|rescale_layer)",
         "converted by ChatRWKV for one strategy (LN0 folded, matrices transposed); load the original .pth",
     ),
-    (r".*\.(att|attn|attention)\.(k_k|r_k|x_r)", "RWKV-7, which roost does not run; use RWKV-4, 5 or 6 (x060)"),
+    (
+        r".*\.(att|attn|attention)\.(k_k|r_k|x_r)",
+        "RWKV-7, which roost does not run; run it with the `rwkv` package, or use RWKV-4, 5 or 6 (x060)",
+    ),
     (
         r".*\.time_maa_rkvw_w1",
-        "x060b or x060c (their keys are the same, their equations differ); only x060 is supported",
+        f"x060b or x060c (their keys are the same, their equations differ); only plain x060 can be loaded: {_ELSEWHERE}",
     ),
-    (r".*\.gate_w1", "x060a (low-rank gate); only x060 is supported"),
+    (r".*\.gate_w1", f"x060a (low-rank gate); only plain x060 can be loaded: {_ELSEWHERE}"),
     (
         r".*\.att\.time_mix_(x|w|w1|w2)",
         "a web-rwkv (.st) file (low-rank matrices transposed, time_mix means 1 - mix); load the original .pth",
     ),
     (r"layers\.\d+\.(att_shift|wkv)", "a saved state, not a model; read it with roost.State.load"),
-    (r".*\.ffnPre\..*", "a variant with ffnPre in place of time mixing; it is not supported"),
-    (r"head_[qk]\..*|copy_mask", "a variant with a copy head (head_q, head_k); it is not supported"),
-    (r"(.*\.)?tiny_.*", "a variant with tiny attention; it is not supported"),
-    (r"pos_emb_[xy]", "a variant with position embeddings; it is not supported"),
-    (r".*\.ffn\.(aa|bb)\..*", "a variant with MishGLU; it is not supported"),
-    (r".*\.att\.(qq|kk|vv|oo)(\..*)?", "the RWKV-4 variant 'a' (extra attention); it is not supported"),
+    (r".*\.ffnPre\..*", f"a variant with ffnPre in place of time mixing; {_ELSEWHERE}"),
+    (r"head_[qk]\..*|copy_mask", f"a variant with a copy head (head_q, head_k); {_ELSEWHERE}"),
+    (r"(.*\.)?tiny_.*", f"a variant with tiny attention; {_ELSEWHERE}"),
+    (r"pos_emb_[xy]", f"a variant with position embeddings; {_ELSEWHERE}"),
+    (r".*\.ffn\.(aa|bb)\..*", f"a variant with MishGLU; {_ELSEWHERE}"),
+    (r".*\.att\.(qq|kk|vv|oo)(\..*)?", f"the RWKV-4 variant 'a' (extra attention); {_ELSEWHERE}"),
     (
         r".*\.(att|attention)\.(key|value|receptance|output|gate)\.bias",
-        "a hybrid with biases in its projections (such as RWKV6-Qwen2); it is not supported",
+        f"a hybrid with biases in its projections (such as RWKV6-Qwen2); {_ELSEWHERE}",
     ),
-    (r".*\.(in_proj|out_proj)\..*", "a Mamba file; it is not supported"),
+    (r".*\.(in_proj|out_proj)\..*", "a Mamba file, not an RWKV; load it with the library that wrote it"),
 )
 _ADAPTER = re.compile(r".*(\.|_)(lora_[AB]|lora\.[01]|disha)(\.weight)?")
 _STATE = re.compile(r".*time_sta.*")
@@ -67,7 +72,7 @@ def refuse_keys(keys: Collection[str], where: str) -> None:
         if found is not None:
             raise ValueError(f"{where} is {what} (it has {found})")
     if not keys:
-        raise ValueError(f"{where} holds no tensors")
+        raise ValueError(f"{where} holds no tensors; get the file again")
     if all(_STATE.fullmatch(key) for key in keys):
         raise ValueError(
             f"{where} is a tuned initial state ({len(keys)} layers), not a model: copy its tensors into the base"

@@ -43,8 +43,10 @@ def read(path: Path) -> dict[str, Tensor]:
         if not value.is_floating_point() or value.dtype.itemsize == 1:
             kind = str(value.dtype).removeprefix("torch.")
             raise ValueError(
-                f"{path}: {name} is {kind}: quantised weights are not read; use the file they were made from"
+                f"{path}: {name} is {kind}: only float weights are read, none that are quantised; use the original file"
             )
+        if value.layout != torch.strided or value.is_meta:
+            raise ValueError(f"{path}: {name} is a {'meta' if value.is_meta else 'sparse'} tensor; store its numbers")
     return weights
 
 

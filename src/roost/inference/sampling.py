@@ -255,12 +255,14 @@ def _temperature_last(z: NDArray[np.float64], params: Sampling) -> NDArray[np.fl
     if params.temperature != 1:
         kept = q > 0
         log_q = np.log(q[kept])
-        q[kept] = np.exp((log_q - log_q.max()) / params.temperature)  # q^(1/T) itself underflows at small T
+        with np.errstate(over="ignore"):
+            q[kept] = np.exp((log_q - log_q.max()) / params.temperature)  # q^(1/T) itself underflows at small T
     return q / q.sum()
 
 
 def _temperature_first(z: NDArray[np.float64], params: Sampling) -> NDArray[np.float64]:
-    q = np.exp(z / params.temperature)
+    with np.errstate(over="ignore"):  # -inf is right there
+        q = np.exp(z / params.temperature)
     if params.top_k:
         _keep_best(q, params.top_k)
     q /= q.sum()

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from roost.checks import instance, integers, whole
 from roost.inference.sampling import (
     Penalties,
     Sampling,
@@ -86,9 +87,8 @@ def read(
 
     Returns the logits (V,) of what comes next and the state. Raises ValueError when there is nothing to read.
     """
-    if chunk < 1:
-        raise ValueError(f"chunk is {chunk}; it must be at least 1")
-    if not len(tokens):
+    chunk, tokens = whole("chunk", chunk, 1), integers("tokens", tokens)
+    if not tokens:
         raise ValueError("there are no tokens to read; give at least one (0 is the document boundary)")
     logits: Tensor | None = None
     for start in range(0, len(tokens), chunk):
@@ -121,8 +121,9 @@ def stream(
     Raises ValueError for a negative max_tokens, ids out of range, a tokenizer or state that does not fit the model.
     """
     params = params or Sampling()
-    if max_tokens < 0:
-        raise ValueError(f"max_tokens is {max_tokens}; it must be at least 0")
+    instance("tokenizer", tokenizer, WorldTokenizer, "roost.load gives None for a model without a World vocabulary")
+    instance("params", params, Sampling)
+    max_tokens = whole("max_tokens", max_tokens, 0)
     vocab = model.config.vocab_size
     if tokenizer.vocab_size > vocab:
         raise ValueError(f"this tokenizer has {tokenizer.vocab_size} ids, the model only {vocab}: it needs another one")
@@ -130,7 +131,7 @@ def stream(
         if ids and max(ids) >= vocab:
             raise ValueError(f"{name} holds {max(ids)}, but the model has only {vocab} tokens")
 
-    tokens = tokenizer.encode(prompt) if isinstance(prompt, (str, bytes)) else list(prompt)
+    tokens = tokenizer.encode(prompt) if isinstance(prompt, (str, bytes)) else integers("prompt", prompt)
     if not tokens and state is None:
         tokens = [tokenizer.eod]
     if tokens:

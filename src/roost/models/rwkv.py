@@ -16,14 +16,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import astuple
 from itertools import pairwise
 from pathlib import Path
-from typing import cast
+from typing import cast, get_args
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from roost.config import GROUP_NORM_EPS, ModelConfig
+from roost.checks import choice, instance, usable_device, whole
+from roost.config import GROUP_NORM_EPS, ModelConfig, check_config
 from roost.files import disk_errors, replacing
 from roost.models import dove, eagle, finch
 from roost.models.parts import Init, fill, linear, orthogonal, uniform
@@ -62,6 +63,7 @@ class RWKV(nn.Module):
 
     init "current" (RWKV-LM today), "legacy" (early 2024) or "paper" (appendix I); `seed` decides every draw. On
     device "meta" nothing is initialised. Parameter names and shapes are those of official checkpoints.
+    Raises ValueError for arguments that are none of these, and for absurd sizes.
     """
 
     def __init__(
@@ -74,9 +76,10 @@ class RWKV(nn.Module):
         dtype: torch.dtype = torch.float32,
     ) -> None:
         super().__init__()
-        if init not in ("current", "legacy", "paper"):
-            raise ValueError(f"init is {init!r}; it must be 'current', 'legacy' or 'paper'")
-        device = torch.get_default_device() if device is None else torch.device(device)
+        check_config(config)
+        choice("init", init, get_args(Init))
+        instance("dtype", dtype, torch.dtype, "torch.float32, torch.bfloat16 or torch.float64")
+        seed, device = whole("seed", seed, 0, 2**64 - 1), usable_device(device)
         self.config = config
         self.fingerprint = ""
         self.emb = nn.Embedding(config.vocab_size, config.n_embd, device="meta", dtype=dtype).to_empty(device=device)
@@ -172,10 +175,12 @@ class RWKV(nn.Module):
         if (tokens is None) == (embeddings is None):
             raise ValueError("give either tokens or embeddings")
         if embeddings is not None:
+            instance("embeddings", embeddings, Tensor)
             if embeddings.dim() != 3 or embeddings.shape[-1] != self.config.n_embd:
                 raise ValueError(f"embeddings are {tuple(embeddings.shape)}; they must be (B, T, {self.config.n_embd})")
             return embeddings.to(self.dtype)
         assert tokens is not None
+        instance("tokens", tokens, Tensor, "write torch.tensor([ids]), of shape (B, T)")
         if tokens.dim() != 2 or tokens.is_floating_point() or tokens.dtype == torch.bool:
             raise ValueError(f"tokens are {tokens.dtype} {tuple(tokens.shape)}; they must be integers of shape (B, T)")
         if tokens.device != self.device:
@@ -187,6 +192,7 @@ class RWKV(nn.Module):
         return F.embedding(tokens.long(), self.emb.weight)
 
     def _check_state(self, state: State, rows: int) -> None:
+        instance("state", state, State, "give one that a model returned, State.load(path) or None")
         if state.fingerprint and self.fingerprint and state.fingerprint != self.fingerprint:
             raise ValueError(
                 f"this state was made by another model (fingerprint {state.fingerprint[:12]}, this one is"

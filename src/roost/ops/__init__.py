@@ -8,16 +8,15 @@ Refuses to know: models, tokens, files.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
-from operator import index
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from roost.checks import choice, instance, integers
 from roost.ops import chunked, library
 from roost.ops.reference import wkv_reference
 
@@ -34,9 +33,7 @@ def wkv_backend(name: str) -> Generator[None, None, None]:
     It holds for the whole process, all threads included. Raises ValueError for an unknown name.
     """
     global _forced
-    if name not in BACKENDS:
-        near = difflib.get_close_matches(name, BACKENDS, 1, 0)
-        raise ValueError(f"no WKV backend {name!r}; did you mean {near[0]!r}? There are {', '.join(BACKENDS)}")
+    choice("WKV backend", name, BACKENDS)
     before, _forced = _forced, name
     try:
         yield
@@ -72,6 +69,8 @@ def wkv(
     offsets = None if cu_seqlens is None else document_offsets(cu_seqlens, B, T)
     rows = B if offsets is None else len(offsets) - 1
     precise = torch.float64 if r.dtype == torch.float64 else torch.float32
+    if state is not None:
+        instance("state", state, Tensor)
     if state is None:
         state = torch.zeros(rows, H, K, v.shape[-1], dtype=precise, device=r.device)
     elif state.shape != (rows, H, K, v.shape[-1]) or state.dtype != precise:
@@ -86,6 +85,8 @@ def wkv(
 
 
 def _checked(r: Tensor, k: Tensor, v: Tensor, log_w: Tensor, u: Tensor) -> tuple[int, int, int, int]:
+    for name, x in (("r", r), ("k", k), ("v", v), ("log_w", log_w), ("u", u)):
+        instance(name, x, Tensor)
     if r.dim() != 4:
         raise ValueError(f"r has shape {tuple(r.shape)}; it must be (B, T, H, K)")
     B, T, H, K = r.shape
@@ -105,10 +106,7 @@ def _checked(r: Tensor, k: Tensor, v: Tensor, log_w: Tensor, u: Tensor) -> tuple
 
 def document_offsets(cu_seqlens: Tensor | Sequence[int], B: int, T: int) -> list[int]:
     """`cu_seqlens` as checked integers. Raises ValueError unless it rises from 0 to T and B is 1."""
-    try:
-        offsets = [index(x) for x in (cu_seqlens.tolist() if isinstance(cu_seqlens, Tensor) else cu_seqlens)]
-    except TypeError as error:
-        raise ValueError(f"cu_seqlens must be integers: {error}") from error
+    offsets = integers("cu_seqlens", cu_seqlens.tolist() if isinstance(cu_seqlens, Tensor) else cu_seqlens)
     if B != 1:
         raise ValueError(f"cu_seqlens packs documents into one row, but B is {B}")
     if not offsets or offsets[0] != 0 or offsets[-1] != T or any(b < a for a, b in pairwise(offsets)):

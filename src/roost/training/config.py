@@ -6,11 +6,16 @@ Refuses to know: how a step is made.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from math import isfinite
-from typing import Literal
+from numbers import Real
+from typing import Literal, get_args
 
+from roost.checks import choice, instance, whole
 from roost.models.parts import Init
+
+Precision = Literal["fp32", "bf16"]
+"""Of the products in a step."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +36,7 @@ class TrainConfig:
     validate_every   steps between validations; 0 = only at the end
     log_every        steps between log lines
 
-    Raises ValueError with the name and the value for anything out of range.
+    Raises ValueError with the name and the value for anything out of range or of another type.
     """
 
     steps: int
@@ -44,7 +49,7 @@ class TrainConfig:
     eps: float = 1e-8
     clip: float = 1.0
     l2wrap: float = 1e-4
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Precision = "fp32"
     seed: int = 0
     out: str = "runs/run"
     save_every: int = 500
@@ -54,12 +59,14 @@ class TrainConfig:
     init: Init = "current"
 
     def __post_init__(self) -> None:
-        for name in ("lr", "lr_final", "weight_decay", "beta1", "beta2", "eps", "clip", "l2wrap"):
-            if not isfinite(getattr(self, name)):
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be finite")
-        for name in ("steps", "save_every", "keep", "log_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.type == "int":
+                least = 1 if field.name in ("steps", "save_every", "keep", "log_every") else None
+                object.__setattr__(self, field.name, whole(field.name, value, least))
+            elif field.type == "float" and not (isinstance(value, Real) and isfinite(value)):
+                raise ValueError(f"{field.name} is {value!r}; it must be a finite number")
+        instance("out", self.out, str)
         for name in ("warmup", "weight_decay", "l2wrap", "validate_every", "lr_final", "seed"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must not be negative")
@@ -69,7 +76,5 @@ class TrainConfig:
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must lie in 0..1")
-        if self.init not in ("current", "legacy", "paper"):
-            raise ValueError(f"init is {self.init!r}; it must be 'current', 'legacy' or 'paper'")
-        if self.precision not in ("fp32", "bf16"):
-            raise ValueError(f"precision is {self.precision!r}; it must be 'fp32' or 'bf16'")
+        choice("init", self.init, get_args(Init))
+        choice("precision", self.precision, get_args(Precision))

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from roost.checks import instance
 from roost.models.rwkv import RWKV
 from roost.training.config import TrainConfig
 from roost.training.loss import next_token_loss
@@ -66,11 +67,13 @@ def train(
     run, when the weights are 16-bit (use precision "bf16" with fp32 weights), and when the loss or a gradient is not
     finite.
     """
-    if model.dtype not in (torch.float32, torch.float64):
-        raise ValueError(f"the weights are {model.dtype}: training needs fp32; precision='bf16' is for products")
+    _check(model, data, config)
     out = Path(config.out)
     out.mkdir(parents=True, exist_ok=True)
     adam = optimiser(model, config)
+    for name, held in (validation or {}).items():
+        if len(held.tokens) < 2:
+            raise ValueError(f"the validation stream {name} has {len(held.tokens)} token(s); at least 2 are needed")
     trace = trace_of_a_run(out)
     if trace and not resume:
         raise ValueError(f"{out} already holds a run ({trace.name}): resume it, or choose another directory")
@@ -106,6 +109,13 @@ def train(
     final = out / "final.safetensors"
     model.save(final)
     return final
+
+
+def _check(model: RWKV, data: object, config: object) -> None:
+    instance("data", data, Batches, "such as roost.TokenLoader(path, ctx, batch)")
+    instance("config", config, TrainConfig)
+    if model.dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"the weights are {model.dtype}: training needs fp32; precision='bf16' is for products")
 
 
 def _settings(model: RWKV, data: Batches, config: TrainConfig) -> dict[str, Any]:

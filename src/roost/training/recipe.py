@@ -96,6 +96,8 @@ def run_recipe(
     model = _model(recipe, device)
     data = TokenLoader(recipe.data, recipe.ctx, recipe.batch, seed=recipe.config.seed)
     for name, file in [("data", data.file), *((f"valid {name}", TokenFile(name)) for name in recipe.valid)]:
+        if len(file) < 2:
+            raise ValueError(f"{name} has {len(file)} token(s); at least 2 are needed")
         largest = int(file.tokens.max()) if len(file) else 0
         if largest >= model.config.vocab_size:
             raise ValueError(f"{name} holds token id {largest}; the model knows 0..{model.config.vocab_size - 1}")

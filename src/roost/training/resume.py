@@ -8,6 +8,8 @@ Refuses to know: how a step is made.
 from __future__ import annotations
 
 import json
+import pickle
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -23,7 +25,8 @@ Settings = Mapping[str, Any]
 
 def checkpoints(out: Path) -> list[Path]:
     """The complete checkpoints of a run, oldest first."""
-    return sorted(out.glob("step-*.pt"), key=lambda path: int(path.stem.split("-")[1]))
+    named = (path for path in out.glob("step-*.pt") if path.stem.removeprefix("step-").isdecimal())
+    return sorted(named, key=lambda path: int(path.stem.removeprefix("step-")))
 
 
 def trace_of_a_run(out: Path) -> Path | None:
@@ -64,9 +67,12 @@ def restore(out: Path, model: RWKV, optimiser: torch.optim.Optimizer, settings: 
 def _load(saved: list[Path], model: RWKV, optimiser: torch.optim.Optimizer, settings: Settings) -> int:
     path = saved[-1]
     try:
+        with zipfile.ZipFile(path) as archive:
+            if archive.testzip():  # torch does not look at the checksums
+                raise RuntimeError("its checksums do not match")
         content: dict[str, Any] = torch.load(path, map_location=model.device, weights_only=True)
         stored, weights, moments, step = (content[key] for key in ("settings", "model", "optimiser", "step"))
-    except (RuntimeError, EOFError, KeyError, OSError) as error:
+    except (RuntimeError, EOFError, KeyError, TypeError, OSError, zipfile.BadZipFile, pickle.UnpicklingError) as error:
         before = f"; the run then goes on from {saved[-2].name}" if len(saved) > 1 else "; the run then starts anew"
         raise ValueError(f"{path} is damaged: delete it{before} ({error})") from error
     for name in sorted({*stored, *settings}):
@@ -86,10 +92,9 @@ def _trim(path: Path, step: int) -> None:
     kept: list[str] = []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
-            entry = json.loads(line)
-        except json.JSONDecodeError:
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+        except (json.JSONDecodeError, KeyError, TypeError):
             break
-        if entry["step"] <= step:
-            kept.append(line + "\n")
     with replacing(path) as temporary:
         temporary.write_text("".join(kept), encoding="utf-8")
