@@ -110,6 +110,11 @@ def test_rows() -> None:
         State.zeros(PRESETS["finch-tiny"], -1)
 
 
+def test_repr_is_short() -> None:
+    assert repr(filled(1)) == "<State of 1 row, 10 tokens read, 3 layers, 26,112 bytes>"
+    assert repr(filled(6)).startswith("<State of 6 rows, 10, 11, 12, 13, ... tokens read")
+
+
 def test_size_does_not_depend_on_length() -> None:
     assert State.zeros(PRESETS["finch-1.6b"], device="meta").nbytes == PRESETS["finch-1.6b"].state_bytes
     assert State.zeros(PRESETS["dove-tiny"]).nbytes == PRESETS["dove-tiny"].state_bytes

@@ -78,6 +78,11 @@ class State(NamedTuple):
             layers.append(LayerState(shift, wkv, shift.clone()))
         return State(tuple(layers), (0,) * batch, fingerprint)
 
+    def __repr__(self) -> str:
+        rows = f"{self.batch} row{'s' * (self.batch != 1)}, {', '.join(f'{n:,}' for n in self.tokens[:4])}"
+        more = ", ..." if self.batch > 4 else ""
+        return f"<State of {rows}{more} tokens read, {len(self.layers)} layers, {self.nbytes:,} bytes>"
+
     @property
     def batch(self) -> int:
         """B, the number of sequences (rows)."""

@@ -75,6 +75,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(given: list[str]) -> int:
+    if given and given[0] == "help":
+        given = [*given[1:2], "--help"]
     if not given or given[0].startswith("-"):
         top = _top()
         _, unknown = top.parse_known_args(given)
@@ -208,6 +210,12 @@ def _verify(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=("fp32", "bf16", "fp64"), default="fp32", help="default: fp32")
 
 
+def _prepare(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("sources", nargs="+", metavar="FILE", help=".jsonl: a document a line; any other: one document")
+    parser.add_argument("-o", "--out", required=True, metavar="PREFIX", help="writes PREFIX.bin and PREFIX.idx")
+    parser.add_argument("--bytes", action="store_true", help="for models of bytes, such as nestling")
+
+
 def _train(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("recipe", metavar="RECIPE", help="a .toml file")
     parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint")
@@ -229,6 +237,7 @@ VERBS = {
     "info": Verb("generation, sizes, dtype and memory of a checkpoint, without loading it", _info, verbs.info),
     "convert": Verb("write a checkpoint in another form", _convert, verbs.convert),
     "verify": Verb("compare a checkpoint's logits, layer by layer, with the NumPy oracle", _verify, verbs.verify),
+    "prepare": Verb("turn text into the tokens that training reads", _prepare, verbs.prepare),
     "train": Verb("train as a recipe says", _train, verbs.train),
     "demo": Verb("read a document, save the state, write on in a second process", _demo, verbs.demo),
 }

@@ -25,9 +25,9 @@ class _Speed(ProgressColumn):
 
 @contextmanager
 def reading(
-    what: str, state_bytes: int, console: Console | None = None
+    what: str, state_bytes: int, console: Console | None = None, *, quiet: bool = False
 ) -> Generator[Callable[[int, int], None], None, None]:
-    """A bar for reading a text; yields the callback (tokens done, tokens in all)."""
+    """A bar for reading a text; yields the callback (tokens done, tokens in all). `quiet`: no bar, it takes no time."""
     console = console or Console(stderr=True)
     columns = (
         TextColumn(what, markup=False),
@@ -39,7 +39,7 @@ def reading(
         TimeRemainingColumn(),
         TextColumn(f"state {size(state_bytes)}"),
     )
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+    with Progress(*columns, console=console, disable=quiet or not console.is_terminal) as bar:
         task = bar.add_task(what, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
 

@@ -39,6 +39,14 @@ def load_model(args: argparse.Namespace) -> tuple[RWKV, WorldTokenizer]:
     return model, tokenizer
 
 
+def one_thread(model: RWKV) -> None:
+    """Write with one thread where a token is so little work that threads mostly wait for each other."""
+    import torch
+
+    if model.config.parameters < 50_000_000:
+        torch.set_num_threads(1)
+
+
 def sampling(args: argparse.Namespace, **more: Any) -> Sampling:
     """--preset and what overrules it. Raises ValueError as `Sampling`."""
     fields = {name: value for name in SAMPLING_FLAGS if (value := getattr(args, name)) is not None}
@@ -66,8 +74,9 @@ def generate(args: argparse.Namespace) -> int:
     state = State.load(args.state, args.device) if args.state is not None else None
     if prompt.endswith(b": ") and tokenizer.vocab_size > 257:
         print("roost: note: the prompt ends in a space, and tokens begin with it: leave it out", file=sys.stderr)
-    with terminal.reading("prompt", model.config.state_bytes) as progress:
+    with terminal.reading("prompt", model.config.state_bytes, quiet=len(prompt) < 2000) as progress:
         running = stream(model, tokenizer, prompt, params, max_tokens=args.max_tokens, state=state, progress=progress)
+    one_thread(model)
     status = 0
     try:
         for piece in running:
@@ -122,6 +131,9 @@ def chat(args: argparse.Namespace) -> int:
     params = sampling(args)
     params = replace(params, min_tokens=1, stop=(*stop, *params.stop))
     model, tokenizer = load_model(args)
+    one_thread(model)
+    if tokenizer.vocab_size == 257 and sys.stdin.isatty():
+        print("roost: note: a model of bytes such as nestling was never taught to converse", file=sys.stderr)
     params = suited(params, args, tokenizer)
     state = State.load(args.state, args.device) if args.state is not None else None
     converse(Session(model, tokenizer, params, max_tokens=args.max_tokens, system=args.system, state=state))
@@ -169,8 +181,19 @@ def verify(args: argparse.Namespace) -> int:
     return int(verdict.first is not None or not verdict.argmax_agrees)
 
 
+def prepare(args: argparse.Namespace) -> int:
+    """Write a token file."""
+    from roost.data.prepare import prepare as write
+
+    tokenizer = WorldTokenizer.byte_level() if args.bytes else WorldTokenizer()
+    count, tokens = write(args.sources, args.out, tokenizer)
+    print(f"{count:,} document{'s' * (count != 1)}, {tokens:,} tokens in {args.out}.bin and {args.out}.idx")
+    return 0
+
+
 def train(args: argparse.Namespace) -> int:
     """Train as a recipe says."""
+    from roost.training.loop import Progress
     from roost.training.recipe import run_recipe
 
     overrides: dict[str, Any] = {}
@@ -179,15 +202,16 @@ def train(args: argparse.Namespace) -> int:
         if not equals:
             raise ValueError(f"--set {setting!r} must be of the form KEY=VALUE")
         overrides[key] = _literal(value)
+    last = ""
     with terminal.training() as show:
-        final = run_recipe(
-            args.recipe,
-            overrides,
-            resume=args.resume,
-            device=args.device,
-            progress=lambda at: show(at.step, at.steps, at.loss, at.tokens_per_second),
-        )
-    print(f"wrote {final}")
+
+        def progress(at: Progress) -> None:
+            nonlocal last
+            last = f" after step {at.step}, loss {at.loss:.4f}"
+            show(at.step, at.steps, at.loss, at.tokens_per_second)
+
+        final = run_recipe(args.recipe, overrides, resume=args.resume, device=args.device, progress=progress)
+    print(f"wrote {final}{last}")
     return 0
 
 

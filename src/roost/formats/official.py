@@ -83,8 +83,8 @@ def version_of(weights: Mapping[str, Tensor], where: str = "the checkpoint") -> 
 def config_of(weights: Mapping[str, Tensor], version: Version, where: str = "the checkpoint") -> ModelConfig:
     """Every size, from shapes alone. Raises ValueError when a tensor that decides a size is missing or impossible."""
     embedding = weights.get("emb.weight")
-    if embedding is None or embedding.dim() != 2:
-        raise ValueError(f"{where} does not fit {LABELS[version]}: emb.weight is missing or not a matrix")
+    if embedding is None or embedding.dim() != 2 or not embedding.numel():
+        raise ValueError(f"{where} does not fit {LABELS[version]}: emb.weight is missing, empty or not a matrix")
     layers = sorted({int(match[1]) for name in weights if (match := _BLOCK.fullmatch(name))})
     if layers != list(range(len(layers))):
         gap = next(n for n, layer in enumerate(layers) if n != layer)

@@ -20,6 +20,7 @@ _MAGICS: tuple[tuple[bytes, str], ...] = (
 )
 
 _ELSEWHERE = "run it with the code that trained it"
+_ONLY_X060 = f"only plain x060 can be loaded: {_ELSEWHERE}"
 
 _KEYS: tuple[tuple[str, str], ...] = (
     (
@@ -32,9 +33,9 @@ _KEYS: tuple[tuple[str, str], ...] = (
     ),
     (
         r".*\.time_maa_rkvw_w1",
-        f"x060b or x060c (their keys are the same, their equations differ); only plain x060 can be loaded: {_ELSEWHERE}",
+        f"x060b or x060c (their keys are the same, their equations differ); {_ONLY_X060}",
     ),
-    (r".*\.gate_w1", f"x060a (low-rank gate); only plain x060 can be loaded: {_ELSEWHERE}"),
+    (r".*\.gate_w1", f"x060a (low-rank gate); {_ONLY_X060}"),
     (
         r".*\.att\.time_mix_(x|w|w1|w2)",
         "a web-rwkv (.st) file (low-rank matrices transposed, time_mix means 1 - mix); load the original .pth",

@@ -1,0 +1,59 @@
+"""Text files to a token file: the smallest way from one's own text to `roost train`.
+
+Owns: what a document is: every line of a .jsonl file ({"text": ...}), every other file whole.
+Refuses to know: filters, mixtures, shards.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from roost.data.binidx import write_tokens
+from roost.tokenizer import WorldTokenizer
+
+
+def documents(path: str | os.PathLike[str]) -> Iterator[bytes]:
+    """The documents of one file, as bytes. Raises ValueError for a missing or empty file, or a bad line of jsonl."""
+    file = Path(path)
+    if not file.is_file():
+        raise ValueError(f"no such file: {path}")
+    if file.suffix != ".jsonl":
+        data = file.read_bytes()
+        if not data:
+            raise ValueError(f"{path} is empty")
+        yield data
+        return
+    with file.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, 1):
+            try:
+                text = json.loads(line)["text"]
+            except (json.JSONDecodeError, KeyError, TypeError):
+                text = None
+            if not isinstance(text, str):
+                raise ValueError(f'{path}, line {number}: expected an object with a string "text"')
+            yield text.encode()
+
+
+def prepare(
+    paths: Sequence[str | os.PathLike[str]], out: str | os.PathLike[str], tokenizer: WorldTokenizer
+) -> tuple[int, int]:
+    """Write the pair out.bin and out.idx from all documents of `paths`, in order; (documents, tokens) written.
+
+    Token 0 closes every document. Raises ValueError as `documents`, and without any document.
+    """
+    count = 0
+
+    def ids() -> Iterator[list[int]]:
+        nonlocal count
+        for path in paths:
+            for document in documents(path):
+                count += 1
+                yield tokenizer.encode(document)
+        if not count:
+            raise ValueError("there are no documents to write")
+
+    tokens = write_tokens(out, ids(), vocab_size=tokenizer.vocab_size)
+    return count, tokens
