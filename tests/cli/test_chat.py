@@ -139,7 +139,7 @@ def test_wrong_commands_are_explained_and_change_nothing(model: RWKV, tmp_path: 
         "wants the number of an answer",
         "there is no answer 9; there are 1",
         "/load wants a file name",
-        "no state file at nowhere",
+        "no state file at 'nowhere'",
         "made by another model",
         "it is a directory",
         "does not exist",

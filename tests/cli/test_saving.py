@@ -94,6 +94,7 @@ def test_sigterm_unwinds(tmp_path: Path) -> None:
     assert target.read_bytes() == b"old" and list(tmp_path.iterdir()) == [target]
 
 
+@pytest.mark.slow
 def test_closed_descriptors(model: Path) -> None:
     done = subprocess.run(
         f"{sys.executable} -m roost info {model} >&-", shell=True, stderr=subprocess.PIPE, check=False

@@ -144,6 +144,7 @@ out = "{out}"
 """
 
 
+@pytest.mark.slow
 def test_killed_process_resumes_exactly(tmp_path: Path, corpus: Path) -> None:
     """A real process killed twice with SIGKILL, resumed by the command line: the losses of an undisturbed run."""
     for out in ("quiet", "killed"):
