@@ -16,7 +16,8 @@ import signal
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
+from contextlib import contextmanager
 from io import TextIOWrapper
 from typing import NamedTuple, NoReturn
 
@@ -45,13 +46,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name in ("stdin", "stdout", "stderr"):
         if getattr(sys, name) is None:  # closed by whoever started the process
             setattr(sys, name, open(os.devnull, "r+" if name == "stdin" else "w"))  # noqa: PTH123, SIM115
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, _terminated)
     for file in (sys.stdin, sys.stdout, sys.stderr):
         if isinstance(file, TextIOWrapper) and file.errors != "replace":
             file.reconfigure(errors="replace")  # text is data here; a terminal that lacks a character is no error
     try:
-        with warnings.catch_warnings():
+        with _sigterm_unwinds(), warnings.catch_warnings():
             warnings.simplefilter("default", UserWarning)
             warnings.showwarning = _show_warning
             status = _run([word for word in given if word != "--debug"])
@@ -127,9 +126,21 @@ def _top() -> argparse.ArgumentParser:
     return parser
 
 
-def _terminated(_signal: int, _frame: object) -> NoReturn:
-    """SIGTERM unwinds like Ctrl-C does, so that nothing half-written stays."""
-    raise SystemExit(143)
+@contextmanager
+def _sigterm_unwinds() -> Generator[None, None, None]:
+    """SIGTERM ends the command as Ctrl-C does, through every `finally`, so that nothing half-written stays."""
+
+    def leave(_signal: int, _frame: object) -> NoReturn:
+        raise SystemExit(143)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _nearest(word: str, known: Iterable[str]) -> str:
