@@ -36,6 +36,13 @@ def test_commands_parse(command: str) -> None:
     parse(shlex.split(command)[1:])
 
 
+def test_nothing_is_left_to_fill_in() -> None:
+    assert not re.search(r"^[A-Z]{4,}$", README, re.M)
+    (line,) = [line for line in README.splitlines() if line.startswith("docs/")]
+    for page in line.removeprefix("docs/").split("·"):
+        assert (ROOT / "docs" / f"{page.strip()}.md").is_file(), page
+
+
 def test_make_targets_exist() -> None:
     targets = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.M)
     wanted = [shlex.split(line, comments=True)[1] for line in COMMANDS if line.startswith("make ")]
