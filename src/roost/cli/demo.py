@@ -53,7 +53,7 @@ def run(name: str, path: str | None, console: Console | None = None) -> int:
         console.file.flush()
         second = [sys.executable, "-m", "roost", "generate", name, PROMPT, "--state", file]
         status = subprocess.run(
-            [*second, "--max-tokens", "200", "--top-p", "0.7", "--seed", "1"], check=False
+            [*second, "--max-tokens", "200", "--top-p", "0.5", "--seed", "1"], check=False
         ).returncode
     console.out("... (a model this small has learnt a manner of writing, no facts)\n")
     console.print(_table(name, score, data))

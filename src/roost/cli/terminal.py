@@ -20,7 +20,7 @@ from rich.text import Text
 class _Speed(ProgressColumn):
     def render(self, task: Task) -> Text:
         speed = task.finished_speed or task.speed
-        return Text(f"{speed:,.0f} tokens/s" if speed else "")
+        return Text(f"{speed:,.0f} tokens/s" if speed else "", no_wrap=True)
 
 
 @contextmanager
@@ -33,7 +33,6 @@ def reading(
         TextColumn(what, markup=False),
         BarColumn(),
         MofNCompleteColumn(),
-        TextColumn("tokens"),
         _Speed(),
         TextColumn("left"),
         TimeRemainingColumn(),
