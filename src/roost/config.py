@@ -55,6 +55,10 @@ class ModelConfig:
         choice("generation", self.generation, get_args(Generation))
         for name in ("n_layer", "n_embd", "vocab_size", "dim_att", "dim_ffn", "head_size", "shift_rank", "decay_rank"):
             object.__setattr__(self, name, whole(name, getattr(self, name)))
+        instance("gate", self.gate, bool)
+        instance("time_state", self.time_state, bool)
+        if not (isinstance(self.group_norm_eps, float) and 0 < self.group_norm_eps < 1):  # pyright: ignore[reportUnnecessaryIsInstance]  (untyped callers)
+            raise ValueError(f"group_norm_eps is {self.group_norm_eps!r}; it must lie in 0..1, like {GROUP_NORM_EPS}")
         wide = self.n_embd >= 4096
         rules = {
             "dim_att": self.n_embd,

@@ -13,8 +13,7 @@ from collections.abc import Generator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-TEMPORARY = ".roost-*.tmp"
-"""What temporary files look like; one that is left was abandoned by a process that was killed."""
+_PREFIX, _SUFFIX = ".roost-", ".tmp"  # temporary files: prefix, process, random, suffix
 
 
 @contextmanager
@@ -32,7 +31,7 @@ def replacing(path: str | os.PathLike[str]) -> Generator[Path, None, None]:
         mode = target.stat().st_mode
         if not stat.S_ISREG(mode):
             raise ValueError(f"cannot write {path}: it is {'a directory' if target.is_dir() else 'not a regular file'}")
-    temporary = target.with_name(f".roost-{secrets.token_hex(8)}.tmp")
+    temporary = target.with_name(f"{_PREFIX}{os.getpid()}-{secrets.token_hex(8)}{_SUFFIX}")
     try:
         os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
     except OSError as error:
@@ -54,6 +53,18 @@ def replacing(path: str | os.PathLike[str]) -> Generator[Path, None, None]:
             os.fsync(directory)
         finally:
             os.close(directory)
+
+
+def clear_abandoned(directory: Path) -> None:
+    """Remove the temporary files in `directory` whose process was killed; those of living processes stay."""
+    for path in directory.glob(f"{_PREFIX}*{_SUFFIX}"):
+        owner = path.name.removeprefix(_PREFIX).split("-")[0]
+        try:
+            os.kill(int(owner), 0)
+        except ProcessLookupError:
+            path.unlink(missing_ok=True)
+        except (ValueError, PermissionError):  # not ours to judge
+            continue
 
 
 @contextmanager

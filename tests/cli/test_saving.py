@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from roost import State
 from roost.cli import main
@@ -37,6 +39,27 @@ def test_inputs_are_not_overwritten(tmp_path: Path, model: Path, capsys: pytest.
     ):
         assert "it is what is being read" in refused(capsys, *words)
     assert (book.read_bytes(), model.read_bytes()) == before
+    directory = tmp_path / "model"
+    directory.mkdir()
+    weights = directory / "model.pth"
+    tiny_model().save(weights)
+    before = book.read_bytes(), weights.read_bytes()
+    assert "it is what is being read" in refused(capsys, "generate", directory, "hi", "--save", weights)
+    (tmp_path / "n.bin").write_bytes(b"text")
+    assert "it is what is being read" in refused(capsys, "prepare", tmp_path / "n.bin", "-o", tmp_path / "n")
+    assert (tmp_path / "n.bin").read_bytes() == b"text"
+    assert (book.read_bytes(), weights.read_bytes()) == before
+
+
+def test_chat_does_not_save_over_its_model(
+    model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = model.read_bytes()
+    monkeypatch.setattr("sys.stdin", io.StringIO(f"hello\n/save {model}\n/quit\n"))
+    threads = torch.get_num_threads()
+    assert main(["chat", str(model), "--max-tokens", "9"]) == 0
+    assert "it is what is being read" in capsys.readouterr().out
+    assert model.read_bytes() == before and torch.get_num_threads() == threads
 
 
 @pytest.mark.parametrize("target", ["/dev/null", "/proc/x", "no/such/place"])

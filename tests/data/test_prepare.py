@@ -25,7 +25,7 @@ def test_files_and_lines_become_documents(tmp_path: Path) -> None:
         assert all(file.documents(i)[-1] == 0 for i in range(4))
 
 
-@pytest.mark.parametrize("line", ["{", "[]", '{"txt": "a"}', '{"text": 3}', ""])
+@pytest.mark.parametrize("line", ['{"text": "\\ud800"}', "{", "[]", '{"txt": "a"}', '{"text": 3}', ""])
 def test_bad_lines_are_named(tmp_path: Path, line: str) -> None:
     (tmp_path / "b.jsonl").write_text('{"text": "good"}\n' + line + "\n")
     with pytest.raises(ValueError, match="line 2: expected an object"):
@@ -36,7 +36,7 @@ def test_bad_lines_are_named(tmp_path: Path, line: str) -> None:
 def test_nothing_to_write(tmp_path: Path) -> None:
     (tmp_path / "empty.txt").touch()
     (tmp_path / "empty.jsonl").touch()
-    for name, message in (("none", "no such file"), ("empty.txt", "is empty"), ("empty.jsonl", "no documents")):
+    for name, message in (("none", "no such file"), ("empty.txt", "is empty"), ("empty.jsonl", "is empty")):
         with pytest.raises(ValueError, match=message):
             prepare([tmp_path / name], tmp_path / "out", WorldTokenizer.byte_level())
 

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -198,9 +199,13 @@ def test_what_a_kill_leaves_behind(tmp_path: Path, corpus: Path) -> None:
     whole = losses(tmp_path / "run")
     with (tmp_path / "run" / "log.jsonl").open("a") as log:
         log.write('{"step": 9, "lo')
-    (tmp_path / "run" / ".roost-0123.tmp").write_bytes(b"half")
+    killed = subprocess.Popen(["true"])
+    killed.wait()
+    (tmp_path / "run" / f".roost-{killed.pid}-00.tmp").write_bytes(b"half")
+    living = tmp_path / "run" / f".roost-{os.getpid()}-00.tmp"
+    living.write_bytes(b"being written by somebody")
     train(RWKV(PRESETS["finch-tiny"]), data, run, resume=True)
-    assert losses(tmp_path / "run") == whole and not list((tmp_path / "run").glob(".*.tmp"))
+    assert losses(tmp_path / "run") == whole and list((tmp_path / "run").glob(".*.tmp")) == [living]
     newest = checkpoints(tmp_path / "run")[-1]
     flipped = bytearray(newest.read_bytes())
     flipped[len(flipped) // 2] ^= 1
@@ -217,6 +222,25 @@ def test_validation_is_checked_before_the_run(tmp_path: Path, corpus: Path) -> N
     with pytest.raises(ValueError, match="short has 1 token"):
         train(RWKV(PRESETS["finch-tiny"]), TokenLoader(corpus, 32, 4), config(tmp_path / "run"), validation=held)
     assert not (tmp_path / "run" / "log.jsonl").exists()
+
+
+def test_other_data_of_the_same_size_is_noticed(tmp_path: Path, corpus: Path) -> None:
+    train(RWKV(PRESETS["finch-tiny"]), TokenLoader(corpus, 32, 4), config(tmp_path / "run"))
+    write_tokens(corpus, [[b + 1 for b in TEXT[::-1]]] * 3, vocab_size=257)
+    with pytest.raises(ValueError, match="was trained with tokens_digest"):
+        train(RWKV(PRESETS["finch-tiny"]), TokenLoader(corpus, 32, 4), config(tmp_path / "run"), resume=True)
+
+
+def test_numpy_numbers_do_not_spoil_a_checkpoint(tmp_path: Path, corpus: Path) -> None:
+    run = config(tmp_path / "run", lr=np.float64(3e-3), steps=np.int64(12))
+    train(RWKV(PRESETS["finch-tiny"]), TokenLoader(corpus, 32, 4), run)
+    train(RWKV(PRESETS["finch-tiny"]), TokenLoader(corpus, 32, 4), run, resume=True)
+
+
+def test_what_cannot_be_saved_is_not_trained(tmp_path: Path, corpus: Path) -> None:
+    strange = RWKV(replace(PRESETS["finch-tiny"], group_norm_eps=1e-5))
+    with pytest.raises(ValueError, match="group_norm_eps is 1e-05"):
+        train(strange, TokenLoader(corpus, 32, 4), config(tmp_path / "run"))
 
 
 def test_16_bit_weights_are_not_trained(tmp_path: Path, corpus: Path) -> None:
@@ -285,6 +309,7 @@ def test_byte_lengths_of_the_world() -> None:
         (("lr = 3e-3", "precision = 'int4'"), "precision is 'int4'"),
         (("keep = 1", "keep = 0"), "keep is 0"),
         (("lr = 3e-3", "lr = inf"), "lr is inf"),
+        (("lr = 3e-3", f"lr = 1{'0' * 400}"), "lr is 1000"),
         (("keep = 1", "init = 'newest'"), "init is 'newest'"),
         (("valid = [", "valid = [1, "), "must hold strings only"),
         (("keep = 1", "warmup = -1"), "warmup is -1"),

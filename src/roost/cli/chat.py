@@ -54,7 +54,10 @@ class Turn:
 
 
 class Session:
-    """A conversation without a terminal. `state` is what was read before it began, as one piece of text."""
+    """A conversation without a terminal. `state` is what was read before it began, as one piece of text.
+
+    `inputs` are files that `/save` must not write over.
+    """
 
     def __init__(
         self,
@@ -65,7 +68,9 @@ class Session:
         max_tokens: int = 256,
         system: str = "",
         state: State | None = None,
+        inputs: tuple[str | None, ...] = (),
     ) -> None:
+        self.inputs = inputs
         self.model, self.tokenizer, self.params, self.max_tokens = model, tokenizer, params, max_tokens
         self.system = system
         self.turns: list[Turn] = []
@@ -197,7 +202,7 @@ def _file(session: Session, console: Console, word: str, path: str) -> None:
     elif session.state is None:
         raise ValueError("nothing was said yet")
     else:
-        check_writable(path)
+        check_writable(path, *session.inputs)
         session.state.save(path)
         console.out(f"(saved {size(session.state.nbytes)} to {path})")
 

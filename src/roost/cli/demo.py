@@ -55,7 +55,7 @@ def run(name: str, path: str | None, console: Console | None = None) -> int:
         status = subprocess.run(
             [*second, "--max-tokens", "200", "--top-p", "0.5", "--seed", "1"], check=False
         ).returncode
-    console.out("... (a model this small has learnt a manner of writing, no facts)\n")
+    console.out("...\n" if name != "nestling" else "... (nestling has learnt a manner of writing, no facts)\n")
     console.print(_table(name, score, data))
     console.out("xz starts from nothing; the model was trained on other texts, and its weights are not counted.")
     if name == "nestling" and path is None:

@@ -101,7 +101,9 @@ def check_writable(path: str | None, *inputs: str | None) -> None:
     if target.exists() and not target.is_file():
         raise ValueError(f"cannot save to {path}: it is not a regular file")
     for other in inputs:
-        if other and Path(other).exists() and target.exists() and target.samefile(other):
+        if not other or not target.exists() or not Path(other).exists():
+            continue
+        if target.samefile(other) or target.parent.samefile(other):  # the file, or one in the directory of a model
             raise ValueError(f"cannot save to {path}: it is what is being read; choose another name")
     try:
         with tempfile.TemporaryFile(dir=target.parent):

@@ -11,6 +11,8 @@ import json
 import os
 import sys
 import time
+from collections.abc import Generator
+from contextlib import contextmanager
 from dataclasses import replace
 from importlib.resources import files
 from typing import Any
@@ -39,12 +41,17 @@ def load_model(args: argparse.Namespace) -> tuple[RWKV, WorldTokenizer]:
     return model, tokenizer
 
 
-def one_thread(model: RWKV) -> None:
+@contextmanager
+def one_thread(model: RWKV) -> Generator[None, None, None]:
     """Write with one thread where a token is so little work that threads mostly wait for each other."""
     import torch
 
-    if model.config.parameters < 50_000_000:
-        torch.set_num_threads(1)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1 if model.config.parameters < 50_000_000 else threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def sampling(args: argparse.Namespace, **more: Any) -> Sampling:
@@ -76,12 +83,12 @@ def generate(args: argparse.Namespace) -> int:
         print("roost: note: the prompt ends in a space, and tokens begin with it: leave it out", file=sys.stderr)
     with terminal.reading("prompt", model.config.state_bytes, quiet=len(prompt) < 2000) as progress:
         running = stream(model, tokenizer, prompt, params, max_tokens=args.max_tokens, state=state, progress=progress)
-    one_thread(model)
     status = 0
     try:
-        for piece in running:
-            if not args.json:
-                print(piece, end="", flush=True)
+        with one_thread(model):
+            for piece in running:
+                if not args.json:
+                    print(piece, end="", flush=True)
     except KeyboardInterrupt:
         status = 130
     except BrokenPipeError:
@@ -131,12 +138,13 @@ def chat(args: argparse.Namespace) -> int:
     params = sampling(args)
     params = replace(params, min_tokens=1, stop=(*stop, *params.stop))
     model, tokenizer = load_model(args)
-    one_thread(model)
     if tokenizer.vocab_size == 257 and sys.stdin.isatty():
         print("roost: note: a model of bytes such as nestling was never taught to converse", file=sys.stderr)
     params = suited(params, args, tokenizer)
     state = State.load(args.state, args.device) if args.state is not None else None
-    converse(Session(model, tokenizer, params, max_tokens=args.max_tokens, system=args.system, state=state))
+    options: dict[str, Any] = {"max_tokens": args.max_tokens, "system": args.system, "state": state}
+    with one_thread(model):
+        converse(Session(model, tokenizer, params, inputs=(args.model,), **options))
     return 0
 
 
@@ -185,6 +193,8 @@ def prepare(args: argparse.Namespace) -> int:
     """Write a token file."""
     from roost.data.prepare import prepare as write
 
+    for ending in (".bin", ".idx"):
+        terminal.check_writable(args.out.removesuffix(".bin").removesuffix(".idx") + ending, *args.sources)
     tokenizer = WorldTokenizer.byte_level() if args.bytes else WorldTokenizer()
     count, tokens = write(args.sources, args.out, tokenizer)
     print(f"{count:,} document{'s' * (count != 1)}, {tokens:,} tokens in {args.out}.bin and {args.out}.idx")

@@ -9,6 +9,7 @@ Refuses to know: documents (a 0 closes each, the state is not reset there, as in
 
 from __future__ import annotations
 
+import hashlib
 import os
 
 import numpy as np
@@ -46,8 +47,11 @@ class TokenLoader:
 
     @property
     def identity(self) -> dict[str, int | str]:
-        """What decides the batches: the size of the stream, ctx, batch and seed."""
-        return {"tokens": len(self.file), "ctx": self.ctx, "batch": self.batch, "data_seed": self.seed}
+        """What decides the batches: the stream (its size and a digest of 65,536 spread tokens), ctx, batch and seed."""
+        spread = np.ascontiguousarray(self.file.tokens[:: max(1, len(self.file) // 65536)])
+        digest = hashlib.sha256(spread.tobytes()).hexdigest()[:16]
+        size = {"tokens": len(self.file), "tokens_digest": digest}
+        return {**size, "ctx": self.ctx, "batch": self.batch, "data_seed": self.seed}
 
     def batch_at(self, step: int) -> tuple[Int64[Tensor, "batch ctx"], Int64[Tensor, "batch ctx"]]:
         """Inputs and targets of one step, (batch, ctx) int64 each; targets are the inputs moved on by one token.

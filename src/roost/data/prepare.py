@@ -26,15 +26,15 @@ def documents(path: str | os.PathLike[str]) -> Iterator[bytes]:
             raise ValueError(f"{path} is empty")
         yield data
         return
-    with file.open(encoding="utf-8") as lines:
+    number = 0
+    with file.open("rb") as lines:
         for number, line in enumerate(lines, 1):
             try:
-                text = json.loads(line)["text"]
-            except (json.JSONDecodeError, KeyError, TypeError):
-                text = None
-            if not isinstance(text, str):
-                raise ValueError(f'{path}, line {number}: expected an object with a string "text"')
-            yield text.encode()
+                yield json.loads(line)["text"].encode()
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                raise ValueError(f'{path}, line {number}: expected an object with a string "text" in UTF-8') from error
+    if not number:
+        raise ValueError(f"{path} is empty")
 
 
 def prepare(

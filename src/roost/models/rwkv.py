@@ -224,6 +224,14 @@ class RWKV(nn.Module):
         self.fingerprint = fingerprint_of(self.config, self.state_dict())
 
 
+def check_storable(config: ModelConfig) -> None:
+    """Raise ValueError for a model that no checkpoint can express: another group norm eps than every reader uses."""
+    if config.generation != "dove" and config.group_norm_eps != GROUP_NORM_EPS:
+        raise ValueError(
+            f"group_norm_eps is {config.group_norm_eps}, and a checkpoint cannot say so: readers use {GROUP_NORM_EPS}"
+        )
+
+
 def official_weights(config: ModelConfig, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The tensors as official tools expect them in a file; `weights` is a state dict of this model.
 
@@ -231,10 +239,7 @@ def official_weights(config: ModelConfig, weights: Mapping[str, Tensor]) -> dict
     further from 5.0 keeps [h, N], which only roost reads). Every other generation is stored as it is. Raises ValueError
     for a group norm eps that no file can express.
     """
-    if config.generation != "dove" and config.group_norm_eps != GROUP_NORM_EPS:
-        raise ValueError(
-            f"group_norm_eps is {config.group_norm_eps}, and a checkpoint cannot say so: readers use {GROUP_NORM_EPS}"
-        )
+    check_storable(config)
     if config.generation != "eagle" or config.gate:
         return dict(weights)
     per_head = [name for name in weights if name.endswith(("att.time_decay", "att.time_faaaa"))]

@@ -7,9 +7,8 @@ Refuses to know: how a step is made.
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from math import isfinite
 from numbers import Real
-from typing import Literal, get_args
+from typing import Literal, cast, get_args
 
 from roost.checks import choice, instance, whole
 from roost.models.parts import Init
@@ -64,8 +63,10 @@ class TrainConfig:
             if field.type == "int":
                 least = 1 if field.name in ("steps", "save_every", "keep", "log_every") else None
                 object.__setattr__(self, field.name, whole(field.name, value, least))
-            elif field.type == "float" and not (isinstance(value, Real) and isfinite(value)):
-                raise ValueError(f"{field.name} is {value!r}; it must be a finite number")
+            elif field.type == "float":
+                if not (isinstance(value, Real) and -1e300 < cast("float", value) < 1e300):
+                    raise ValueError(f"{field.name} is {value!r}; it must be a finite number")
+                object.__setattr__(self, field.name, float(value))
         instance("out", self.out, str)
         for name in ("warmup", "weight_decay", "l2wrap", "validate_every", "lr_final", "seed"):
             if getattr(self, name) < 0:

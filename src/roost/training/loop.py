@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from roost.checks import instance
-from roost.models.rwkv import RWKV
+from roost.models.rwkv import RWKV, check_storable
 from roost.training.config import TrainConfig
 from roost.training.loss import next_token_loss
 from roost.training.optim import learning_rate, optimiser
@@ -78,7 +78,7 @@ def train(
     if trace and not resume:
         raise ValueError(f"{out} already holds a run ({trace.name}): resume it, or choose another directory")
     settings = _settings(model, data, config)
-    step = restore(out, model, adam, settings)
+    step = restore(out, model, adam, settings) if resume else 0
     model.train()
     model.fingerprint = ""  # the weights change from here on
     clock, logged = time.perf_counter(), step
@@ -116,13 +116,20 @@ def _check(model: RWKV, data: object, config: object) -> None:
     instance("config", config, TrainConfig)
     if model.dtype not in (torch.float32, torch.float64):
         raise ValueError(f"the weights are {model.dtype}: training needs fp32; precision='bf16' is for products")
+    check_storable(model.config)
 
 
 def _settings(model: RWKV, data: Batches, config: TrainConfig) -> dict[str, Any]:
     """Everything that decides the losses of a run."""
     free = ("out", "save_every", "keep", "validate_every", "log_every")
     numbers = {name: value for name, value in asdict(config).items() if name not in free}
-    return {**numbers, **asdict(model.config), **data.identity}
+    settings = {**numbers, **asdict(model.config), **data.identity}
+    for name, value in settings.items():
+        if type(value) not in (int, float, str, bool):  # a checkpoint holds plain values only
+            raise ValueError(
+                f"{name} is a {type(value).__name__}; the identity of the data must be plain numbers or text"
+            )
+    return settings
 
 
 def _step(

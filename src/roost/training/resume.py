@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from roost.files import TEMPORARY, disk_errors, replacing
+from roost.files import clear_abandoned, disk_errors, replacing
 from roost.models.rwkv import RWKV
 
 Settings = Mapping[str, Any]
@@ -56,8 +56,7 @@ def restore(out: Path, model: RWKV, optimiser: torch.optim.Optimizer, settings: 
     Clears what a killed process left half-written, here and in the log. Raises ValueError when the checkpoint is
     damaged, or when a setting differs from the one it was trained with.
     """
-    for abandoned in out.glob(TEMPORARY):
-        abandoned.unlink()
+    clear_abandoned(out)
     saved = checkpoints(out)
     step = _load(saved, model, optimiser, settings) if saved else 0
     _trim(out / "log.jsonl", step)
