@@ -7,6 +7,7 @@ Refuses to know: how a step is made.
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from math import inf, isfinite
 from numbers import Real
 from typing import Literal, cast, get_args
 
@@ -64,9 +65,13 @@ class TrainConfig:
                 least = 1 if field.name in ("steps", "save_every", "keep", "log_every") else None
                 object.__setattr__(self, field.name, whole(field.name, value, least))
             elif field.type == "float":
-                if not (isinstance(value, Real) and -1e300 < cast("float", value) < 1e300):
+                try:
+                    number = float(cast("float", value)) if isinstance(value, Real) else inf
+                except OverflowError:
+                    number = inf
+                if not isfinite(number):
                     raise ValueError(f"{field.name} is {value!r}; it must be a finite number")
-                object.__setattr__(self, field.name, float(value))
+                object.__setattr__(self, field.name, number)
         instance("out", self.out, str)
         for name in ("warmup", "weight_decay", "l2wrap", "validate_every", "lr_final", "seed"):
             if getattr(self, name) < 0:
