@@ -15,9 +15,9 @@ test: .venv/installed-test
 check: .venv/installed-dev
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/pyright && $(BIN)/python -m pytest -q tests/test_layering.py
 
-bench: .venv/installed
+bench: .venv/installed-test
 	@mkdir -p runs
-	@for script in wkv generate; do $(BIN)/python benchmarks/$$script.py --out runs/bench-$$script.json || exit 1; done
+	@for script in wkv generate tokenizer; do $(BIN)/python benchmarks/$$script.py --out runs/bench-$$script.json || exit 1; done
 
 clean:
 	rm -rf .venv .pytest_cache .ruff_cache .hypothesis .coverage*

@@ -49,6 +49,15 @@ def test_generate_quick(tmp_path: Path) -> None:
     assert result["benchmark"] == "generate" and result["rows"] and result["stamp"]["torch"]
 
 
+def test_tokenizer_quick(tmp_path: Path) -> None:
+    out = tmp_path / "tokenizer.json"
+    subprocess.run(
+        [sys.executable, str(FOLDER / "tokenizer.py"), "--quick", "--out", str(out)], check=True, cwd=tmp_path
+    )
+    rows = json.loads(out.read_text())["rows"]
+    assert len(rows) == 3 and all(row["bytes"] > 15_000 and row["roost_over_rwkv"] > 0 for row in rows)
+
+
 def test_variants_take_turns_and_the_first_call_is_not_measured(common: ModuleType) -> None:
     calls: list[str] = []
     times = common.alternate({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, rounds=2)

@@ -234,7 +234,9 @@ def test_other_data_of_the_same_size_is_noticed(tmp_path: Path, corpus: Path) ->
 def test_numpy_numbers_do_not_spoil_a_checkpoint(tmp_path: Path, corpus: Path) -> None:
     run = config(tmp_path / "run", lr=np.float64(3e-3), steps=np.int64(12))
     train(RWKV(PRESETS["finch-tiny"]), TokenLoader(corpus, 32, 4), run)
+    whole = losses(tmp_path / "run")
     train(RWKV(PRESETS["finch-tiny"]), TokenLoader(corpus, 32, 4), run, resume=True)
+    assert losses(tmp_path / "run") == whole and len(whole) == 12
 
 
 def test_what_cannot_be_saved_is_not_trained(tmp_path: Path, corpus: Path) -> None:
