@@ -156,7 +156,7 @@ class RWKV(nn.Module):
         if state is None:
             state = self.initial_state(rows)
         else:
-            self._check_state(state, rows)
+            check_state(state, rows, self.config, self.fingerprint, self.dtype, self.device)
         if last_only and (T == 0 or (offsets is not None and any(a == b for a, b in pairwise(offsets)))):
             raise ValueError("last_only needs at least one token in every sequence")
 
@@ -175,45 +175,11 @@ class RWKV(nn.Module):
         if (tokens is None) == (embeddings is None):
             raise ValueError("give either tokens or embeddings")
         if embeddings is not None:
-            instance("embeddings", embeddings, Tensor)
-            if embeddings.dim() != 3 or embeddings.shape[-1] != self.config.n_embd:
-                raise ValueError(f"embeddings are {tuple(embeddings.shape)}; they must be (B, T, {self.config.n_embd})")
+            check_embeddings(embeddings, self.config)
             return embeddings.to(self.dtype)
         assert tokens is not None
-        instance("tokens", tokens, Tensor, "write torch.tensor([ids]), of shape (B, T)")
-        if tokens.dim() != 2 or tokens.is_floating_point() or tokens.dtype == torch.bool:
-            raise ValueError(f"tokens are {tokens.dtype} {tuple(tokens.shape)}; they must be integers of shape (B, T)")
-        if tokens.device != self.device:
-            raise ValueError(f"tokens are on {tokens.device}, the model on {self.device}: move one of them")
-        if tokens.device.type == "cpu" and tokens.numel() and not torch.compiler.is_compiling():
-            low, high = (int(x) for x in tokens.aminmax())
-            if low < 0 or high >= self.config.vocab_size:
-                raise ValueError(f"token id {low if low < 0 else high} is outside 0..{self.config.vocab_size - 1}")
+        check_tokens(tokens, self.config, self.device)
         return F.embedding(tokens.long(), self.emb.weight)
-
-    def _check_state(self, state: State, rows: int) -> None:
-        instance("state", state, State, "give one that a model returned, State.load(path) or None")
-        if state.fingerprint and self.fingerprint and state.fingerprint != self.fingerprint:
-            raise ValueError(
-                f"this state was made by another model (fingerprint {state.fingerprint[:12]}, this one is"
-                f" {self.fingerprint[:12]}): read the text again with this model"
-            )
-        if state.batch != rows:
-            raise ValueError(f"the state has {state.batch} row(s), the input {rows}")
-        c = self.config
-        shift = (rows, c.n_embd)
-        wkv = (rows, 3, c.dim_att) if c.generation == "dove" else (rows, c.n_head, c.head_size, c.head_size)
-        fits = all(
-            layer.att_shift.shape == layer.ffn_shift.shape == shift and layer.wkv.shape == wkv for layer in state.layers
-        )
-        if len(state.layers) != c.n_layer or not fits:
-            raise ValueError("this state does not fit the model: its layers have other sizes")
-        wanted = torch.float64 if self.dtype == torch.float64 else torch.float32
-        found = state.layers[0].wkv
-        if found.dtype != wanted or found.device != self.device:
-            raise ValueError(
-                f"the state is {found.dtype} on {found.device}; this model needs {wanted} on {self.device}"
-            )
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the weights with their official names: `.pth` (RWKV-LM's state dict) or `.safetensors`; atomic.
@@ -222,6 +188,52 @@ class RWKV(nn.Module):
         """
         save_weights(official_weights(self.config, self.state_dict()), path)
         self.fingerprint = fingerprint_of(self.config, self.state_dict())
+
+
+def check_tokens(tokens: Tensor, config: ModelConfig, device: torch.device) -> None:
+    """Raise ValueError unless `tokens` are ids (B, T) on the model's device (their range is checked on the CPU only)."""
+    instance("tokens", tokens, Tensor, "write torch.tensor([ids]), of shape (B, T)")
+    if tokens.dim() != 2 or tokens.is_floating_point() or tokens.dtype == torch.bool:
+        raise ValueError(f"tokens are {tokens.dtype} {tuple(tokens.shape)}; they must be integers of shape (B, T)")
+    if tokens.device != device:
+        raise ValueError(f"tokens are on {tokens.device}, the model on {device}: move one of them")
+    if tokens.device.type == "cpu" and tokens.numel() and not torch.compiler.is_compiling():
+        low, high = (int(x) for x in tokens.aminmax())
+        if low < 0 or high >= config.vocab_size:
+            raise ValueError(f"token id {low if low < 0 else high} is outside 0..{config.vocab_size - 1}")
+
+
+def check_embeddings(embeddings: Tensor, config: ModelConfig) -> None:
+    """Raise ValueError unless `embeddings` are (B, T, D)."""
+    instance("embeddings", embeddings, Tensor)
+    if embeddings.dim() != 3 or embeddings.shape[-1] != config.n_embd:
+        raise ValueError(f"embeddings are {tuple(embeddings.shape)}; they must be (B, T, {config.n_embd})")
+
+
+def check_state(
+    state: State, rows: int, config: ModelConfig, fingerprint: str, dtype: torch.dtype, device: torch.device
+) -> None:
+    """Raise ValueError unless `state` has `rows` rows and belongs to a model of these sizes, weights and dtype."""
+    instance("state", state, State, "give one that a model returned, State.load(path) or None")
+    if state.fingerprint and fingerprint and state.fingerprint != fingerprint:
+        raise ValueError(
+            f"this state was made by another model (fingerprint {state.fingerprint[:12]}, this one is"
+            f" {fingerprint[:12]}): read the text again with this model"
+        )
+    if state.batch != rows:
+        raise ValueError(f"the state has {state.batch} row(s), the input {rows}")
+    c = config
+    shift = (rows, c.n_embd)
+    wkv = (rows, 3, c.dim_att) if c.generation == "dove" else (rows, c.n_head, c.head_size, c.head_size)
+    fits = all(
+        layer.att_shift.shape == layer.ffn_shift.shape == shift and layer.wkv.shape == wkv for layer in state.layers
+    )
+    if len(state.layers) != c.n_layer or not fits:
+        raise ValueError("this state does not fit the model: its layers have other sizes")
+    wanted = torch.float64 if dtype == torch.float64 else torch.float32
+    found = state.layers[0].wkv
+    if found.dtype != wanted or found.device != device:
+        raise ValueError(f"the state is {found.dtype} on {found.device}; this model needs {wanted} on {device}")
 
 
 def check_storable(config: ModelConfig) -> None:

@@ -1,0 +1,211 @@
+"""The CPU model: Eagle and Finch over packed weights in the native library, called exactly as `RWKV` is.
+
+Owns the invariant that for one weight format the logits and the state have the same bits however the work is cut: whole,
+in chunks or token by token, alone or beside other sequences, on any number of threads.
+Refuses to know: where packed tensors come from (roost.formats.packed), and the equations (src/native/forward.inl, stage
+by stage those of eagle.py and finch.py).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import weakref
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from roost import native
+from roost.checks import whole
+from roost.config import ModelConfig
+from roost.models.rwkv import check_embeddings, check_state, check_tokens
+from roost.ops import document_offsets
+from roost.state import LayerState, State
+
+MOST_THREADS = 256
+"""Of one call; src/native/pool.h."""
+
+
+class PackedTensor(NamedTuple):
+    """One tensor as the native library reads it.
+
+    format  -1 for a vector in fp32; else a matrix format (docs/native.md); of the embedding 0 (fp32) or 2 (bf16)
+    shape   (outputs, inputs) of a matrix y = W x, (V, D) of the embedding, or that of the vector
+    data    the bytes, C-contiguous; often a view of a memory-mapped file
+    """
+
+    format: int
+    shape: tuple[int, ...]
+    data: np.ndarray[Any, Any]
+
+
+class NativeModel:
+    """Eagle or Finch on a CPU: `(tokens, state) -> (logits, state)`, inference only.
+
+    config       sizes; dove and heads of other sizes than 16, 32, 64 raise ValueError
+    tensors      by their official names; `att.time_maa_w2` in five matrices, `att.time_maa_w2.w` .. `.g`
+    fingerprint  of the weights before they were packed, so states can be told apart
+    weights      the name of the format: "fp32", "bf16", "int8" or "int4"
+    threads      of the native pool; results do not depend on it
+
+    Raises ValueError for missing or misshapen tensors, and without the native library.
+    """
+
+    dtype = torch.float32
+    device = torch.device("cpu")
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        tensors: Mapping[str, PackedTensor],
+        *,
+        fingerprint: str = "",
+        weights: str = "",
+        threads: int | None = None,
+    ) -> None:
+        if config.generation == "dove":
+            raise ValueError("the native model runs Eagle and Finch; load Dove with backend='torch'")
+        self.config, self.fingerprint, self.weights = config, fingerprint, weights
+        self.threads = torch.get_num_threads() if threads is None else whole("threads", threads, 1, MOST_THREADS)
+        self.isa = native.isa()
+        self._time_state = [
+            torch.from_numpy(np.array(tensor.data, np.float32).reshape(tensor.shape))
+            for name, tensor in tensors.items()
+            if name.endswith("att.time_state")
+        ]
+        self._tensors = dict(tensors)  # the library points into these
+        self._handle = self._build()
+        self._forward = native.function("roost_model_forward", _FORWARD)
+
+    def _build(self) -> ctypes.c_void_p:
+        c = self.config
+        sizes = (c.generation == "finch", c.gate, c.n_layer, c.n_embd, c.dim_att, c.dim_ffn, c.vocab_size, c.head_size)
+        numbers = (ctypes.c_long * 10)(*(int(n) for n in sizes), c.shift_rank, c.decay_rank)
+        new = native.function("roost_model_new", [ctypes.c_void_p, ctypes.c_float], ctypes.c_void_p)
+        handle = ctypes.c_void_p(new(numbers, c.group_norm_eps))
+        native.check(0 if handle.value else -1)
+        weakref.finalize(self, native.function("roost_model_free", [ctypes.c_void_p], None), handle)
+        put = native.function("roost_model_set", _SET)
+        for name, (kind, shape, data) in self._tensors.items():
+            layer, inner = -1, name
+            if name.startswith("blocks.") and ".ln0." not in name:
+                _, number, inner = name.split(".", 2)
+                layer = int(number)
+            if inner == "att.time_state":
+                continue
+            rows, columns = shape if kind >= 0 and len(shape) == 2 else (1, 1)
+            native.check(
+                put(handle, layer, inner.encode(), kind, rows, columns, data.ctypes.data, ctypes.c_long(data.nbytes))
+            )
+        native.check(native.function("roost_model_ready", [ctypes.c_void_p])(handle))
+        return handle
+
+    def initial_state(self, batch: int = 1) -> State:
+        """The state before the first token: zeros, or the tuned `time_state` when the weights hold one."""
+        state = State.zeros(self.config, batch, fingerprint=self.fingerprint)
+        if not self._time_state:
+            return state
+        layers = [
+            layer._replace(wkv=tuned.mT.expand_as(layer.wkv).clone())
+            for tuned, layer in zip(self._time_state, state.layers, strict=True)
+        ]
+        return state._replace(layers=tuple(layers))
+
+    def __call__(
+        self,
+        tokens: Int[Tensor, "B T"] | None = None,
+        state: State | None = None,
+        *,
+        embeddings: Float[Tensor, "B T D"] | None = None,
+        cu_seqlens: Int[Tensor, " offsets"] | Sequence[int] | None = None,
+        last_only: bool = False,
+    ) -> tuple[Float[Tensor, "B t V"], State]:
+        """Read T tokens of B sequences, or with cu_seqlens n sequences of any lengths packed in one row: see `RWKV`.
+
+        Returns fp32 logits and the state; no gradients. Raises ValueError as `RWKV` does.
+        """
+        if (tokens is None) == (embeddings is None):
+            raise ValueError("give either tokens or embeddings")
+        given = tokens if embeddings is None else embeddings
+        assert given is not None
+        if embeddings is None:
+            check_tokens(given, self.config, self.device)
+            given = given.to(torch.int32).contiguous()
+        else:
+            check_embeddings(given, self.config)
+            given = given.detach().float().contiguous()
+        B, T = given.shape[:2]
+        offsets = [T * row for row in range(B + 1)] if cu_seqlens is None else document_offsets(cu_seqlens, B, T)
+        rows = len(offsets) - 1
+        if state is None:
+            state = self.initial_state(rows)
+        else:
+            check_state(state, rows, self.config, self.fingerprint, self.dtype, self.device)
+        if last_only and any(a == b for a, b in pairwise(offsets)):
+            raise ValueError("last_only needs at least one token in every sequence")
+        shape = (B, T) if not last_only else (B, 1) if cu_seqlens is None else (1, rows)
+        logits = torch.empty(*shape, self.config.vocab_size)
+        layers = self._run(given, embeddings is None, state, offsets, last_only, logits)
+        read = tuple(n + b - a for n, (a, b) in zip(state.tokens, pairwise(offsets), strict=True))
+        return logits, State(layers, read, state.fingerprint or self.fingerprint)
+
+    def _run(
+        self, given: Tensor, are_ids: bool, state: State, offsets: list[int], last_only: bool, logits: Tensor
+    ) -> tuple[LayerState, ...]:
+        c, n = self.config, len(offsets) - 1
+        sizes = ((n, c.n_embd), (n, c.n_head, c.head_size, c.head_size), (n, c.n_embd))
+        after = [torch.empty(c.n_layer, *size) for size in sizes]  # one block per kind, a view per layer
+        before = [LayerState(*(part.detach().float().contiguous() for part in layer)) for layer in state.layers]
+        pointers: list[int] = []
+        for i, layer in enumerate(before):
+            pointers += [part.data_ptr() for part in layer]
+            pointers += [block.data_ptr() + 4 * i * (block.numel() // c.n_layer) for block in after]
+        data = given.data_ptr()
+        native.check(
+            self._forward(
+                self._handle,
+                n,
+                (ctypes.c_long * len(offsets))(*offsets),
+                data if are_ids else None,
+                None if are_ids else data,
+                (ctypes.c_void_p * len(pointers))(*pointers),
+                last_only,
+                logits.data_ptr(),
+                self.threads,
+            )
+        )
+        return tuple(LayerState(*parts) for parts in zip(*(block.unbind() for block in after), strict=True))
+
+    def zero_rate(self) -> float:
+        """The share of inputs of `ffn.value` that were exactly zero since the last call of this method (0 if none)."""
+        zeros, inputs = ctypes.c_long(), ctypes.c_long()
+        count = native.function("roost_model_zeros", [ctypes.c_void_p] * 3, None)
+        count(self._handle, ctypes.byref(zeros), ctypes.byref(inputs))
+        return zeros.value / inputs.value if inputs.value else 0.0
+
+
+_SET = [
+    ctypes.c_void_p,
+    ctypes.c_long,
+    ctypes.c_char_p,
+    ctypes.c_int,
+    ctypes.c_long,
+    ctypes.c_long,
+    ctypes.c_void_p,
+    ctypes.c_long,
+]
+_FORWARD = [
+    ctypes.c_void_p,
+    ctypes.c_long,
+    ctypes.c_void_p,
+    ctypes.c_void_p,
+    ctypes.c_void_p,
+    ctypes.c_void_p,
+    ctypes.c_int,
+    ctypes.c_void_p,
+    ctypes.c_int,
+]
