@@ -1,10 +1,16 @@
 # demo: nestling reads a document and writes on   test: everything is tested   check: style, types, layers
-# bench: the measured figures as JSON. The first use of each creates .venv and installs the versions in constraints.txt.
+# bench: the measured figures as JSON   sanitize: the tests of the native library under ASan and UBSan
+# The first use of each creates .venv and installs the versions in constraints.txt. With a C++ compiler that also builds
+# the native library, anew whenever its sources change; without one roost works in plain torch (`roost info` says so).
+# WERROR=ON: compiler warnings are errors.
 PYTHON ?= python3
 BIN := .venv/bin
-INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e
+NATIVE := $(wildcard CMakeLists.txt src/native src/native/*)
+SANITIZED := native or tokenizer or wkv or packed or quant
+INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
+	$(if $(WERROR),--config-settings=cmake.define.ROOST_WERROR=$(WERROR))
 
-.PHONY: demo test check bench clean
+.PHONY: demo test check bench sanitize clean
 
 demo: .venv/installed
 	@$(BIN)/roost demo
@@ -19,15 +25,24 @@ bench: .venv/installed-test
 	@mkdir -p runs
 	@for script in wkv generate tokenizer; do $(BIN)/python benchmarks/$$script.py --out runs/bench-$$script.json || exit 1; done
 
+# pip rather than cmake, because pip fetches cmake where there is none. Python's own leaks are not ours to find.
+sanitize: .venv/installed-test
+	rm -rf build/sanitized
+	$(INSTALL) --no-deps --target build/sanitized --config-settings=build-dir=build/sanitize \
+	  --config-settings=cmake.define.ROOST_WERROR=ON "--config-settings=cmake.define.ROOST_SANITIZE=address,undefined" .
+	LD_PRELOAD="$$(for one in asan ubsan stdc++; do $(CXX) -print-file-name=lib$$one.so; done | xargs)" \
+	  ASAN_OPTIONS=detect_leaks=0 $(BIN)/python -m pytest -n 2 -k "$(SANITIZED)" -m "not slow" \
+	  --native-library build/sanitized/roost/_native.so $(TESTFLAGS)
+
 clean:
-	rm -rf .venv .pytest_cache .ruff_cache .hypothesis .coverage*
+	rm -rf .venv build .pytest_cache .ruff_cache .hypothesis .coverage*
 
 .venv/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "roost needs Python >= 3.10: make PYTHON=python3.11")'
 	@$(PYTHON) -m venv .venv || { rm -rf .venv; echo "python venv failed; on Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
 
-.venv/installed: pyproject.toml constraints.txt | .venv/bin/python
-	$(INSTALL) . && touch $@
+.venv/installed: pyproject.toml constraints.txt $(NATIVE) | .venv/bin/python
+	$(INSTALL) -e . && touch $@
 
-.venv/installed-%: pyproject.toml constraints.txt | .venv/bin/python
-	$(INSTALL) '.[$*]' && touch $@ .venv/installed
+.venv/installed-%: pyproject.toml constraints.txt $(NATIVE) | .venv/bin/python
+	$(INSTALL) -e '.[$*]' && touch $@ .venv/installed

@@ -33,6 +33,20 @@ settings.register_profile("roost-ci", settings.get_profile("roost"), derandomize
 settings.load_profile("roost-ci" if os.environ.get("CI") else "roost")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """For builds that are not installed, such as that of `make sanitize`."""
+    parser.addoption("--native-library", metavar="FILE", help="test this build of the native library; it must load")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Point the loader at the file of --native-library before anything loads."""
+    if file := config.getoption("--native-library"):
+        from roost import native
+
+        native.places = lambda: [Path(file)]
+        native.library()
+
+
 @pytest.fixture(autouse=True, scope="session")
 def strict_torch() -> None:
     """One thread (tests run side by side); memory that nobody wrote is NaN, so that reading it cannot pass."""

@@ -260,10 +260,10 @@ def test_one_layer_warns(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("b.gguf",), r"\.gguf is no format that roost writes"),
+        (("b.onnx",), r"\.onnx is no format that roost writes"),
         (("nowhere/b.pth",), "the directory .*nowhere does not exist"),
         (("nowhere/b",), "the directory .*nowhere does not exist"),
-        (("text.txt",), r"must end in \.pth or \.safetensors"),
+        (("text.txt",), r"must end in \.pth, \.safetensors, \.gguf or \.roost"),
         (("b.pth", "dove"), "to is 'dove'"),
         (("b.pth", None, torch.int8), r"dtype is torch\.int8"),
     ],

@@ -13,7 +13,8 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 LAYERS = [
-    {"tokenizer", "vocabulary", "config", "state", "files", "checks", "ops"},
+    {"tokenizer", "matching", "matching_native", "vocabulary", "config", "state", "files", "checks", "ops"}
+    | {"native", "backends"},
     {"models"},
     {"checkpoint", "formats", "chat", "data"},
     {"inference"},
@@ -36,6 +37,7 @@ FILES = sorted(
     for place in ("src", "tests", "benchmarks", "recipes", "examples", "tools")
     for path in (ROOT / place).rglob("*.py")
 )
+NATIVE = sorted(path for path in (ROOT / "src/native").iterdir() if path.suffix in (".cpp", ".h", ".inl"))
 FUNCTION = (ast.FunctionDef, ast.AsyncFunctionDef)
 
 
@@ -126,6 +128,13 @@ def test_budgets(path: Path) -> None:
         if isinstance(node, FUNCTION):
             lines = (node.end_lineno or node.lineno) - node.lineno + 1
             assert lines <= 60, f"{node.name} in {path.name} has {lines} lines; the budget is 60"
+
+
+@pytest.mark.parametrize("path", NATIVE, ids=lambda path: path.name)
+def test_budgets_of_the_native_library(path: Path) -> None:
+    lines = path.read_text().splitlines()
+    assert lines[0].startswith("// "), f"{path.name} does not say what it does"
+    assert len(lines) <= 500, f"{path.name} has more than 500 lines"
 
 
 def test_public_face() -> None:

@@ -172,18 +172,6 @@ def test_any_vocabulary_in_any_order(extra: set[bytes], data: st.DataObject) -> 
     assert tokenizer.encode(text) == greedy({token: number for number, token in tokens.items()}, text)
 
 
-@pytest.mark.parametrize(("window", "kept"), [(1, 1), (7, 3), (64, 100_000)])
-def test_windows_and_a_full_memory_change_nothing(window: int, kept: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    text = "".join(language["articles"][0] + "\n" + "-" * 200 for language in udhr()[::8])
-    wanted = WORLD.encode(text)
-    monkeypatch.setattr("roost.tokenizer._WINDOW", window)
-    monkeypatch.setattr("roost.tokenizer._UNITS_KEPT", kept)
-    tokenizer = WorldTokenizer()
-    assert tokenizer.encode(text) == wanted
-    assert tokenizer.encode(text) == wanted
-    assert len(tokenizer._units) <= kept
-
-
 def test_a_long_run_without_boundary() -> None:
     assert WORLD.encode(" " * 1_000_000) == [65529] * 7812 + WORLD.encode(" " * 64)
     assert WORLD.encode("a" + "-" * 200_000 + "b") == [98, *[65528] * 2500, 99]

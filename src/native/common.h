@@ -1,11 +1,13 @@
 // What every part of the native library shares: the C ABI's conventions, errors, and the instruction set.
 //
-// Convention: every exported function is `extern "C"`, named roost_*, takes pointers and sizes, and returns 0 on success
-// or -1 with a message in roost_error() (one per thread). No exception crosses the boundary: wrap bodies in `guarded`.
+// Convention: every exported function is `extern "C"`, named roost_*, takes pointers and sizes, and returns 0 if it
+// succeeds or -1 with a message in roost_error() (one per thread). No exception crosses the boundary: wrap bodies in
+// `guarded`.
 #pragma once
 #include <cstddef>
 #include <cstdint>
 #include <exception>
+#include <new>
 #include <stdexcept>
 #include <string>
 
@@ -13,7 +15,7 @@
 
 namespace roost {
 
-enum class Isa : int { scalar = 0, avx2 = 1, avx512 = 2, amx = 3 };  // scalar: the baseline (SSE2, NEON) by vector types
+enum class Isa : int { scalar = 0, avx2 = 1, avx512 = 2, amx = 3 };  // scalar: the baseline (SSE2, NEON), vector types
 
 Isa isa();                                  // the best one of this machine, or the forced one
 void set_error(const char* message) noexcept;
@@ -36,19 +38,23 @@ template <class F> int guarded(F&& body) noexcept {
     return -1;
 }
 
-// Denormals to zero in this thread for a scope, and back: products of strong decays land in 1e-38..1e-45.
+// Denormals to zero in this thread for a scope, and back: products of strong decays land in 1e-38..1e-45. The rest of the
+// mode is set too (round to nearest, nothing traps), so that a worker and a caller with modes of its own compute alike.
+// Arithmetic must be behind a call that the compiler cannot inline: it may move plain arithmetic across the change.
 struct FlushDenormals {
 #if defined(__x86_64__)
     unsigned before = __builtin_ia32_stmxcsr();
-    FlushDenormals() { __builtin_ia32_ldmxcsr(before | 0x8040); }
+    FlushDenormals() { __builtin_ia32_ldmxcsr(0x9fc0); }
     ~FlushDenormals() { __builtin_ia32_ldmxcsr(before); }
 #elif defined(__aarch64__)
     uint64_t before;
     FlushDenormals() {
         asm volatile("mrs %0, fpcr" : "=r"(before));
-        asm volatile("msr fpcr, %0" ::"r"(before | (1ull << 24)));
+        asm volatile("msr fpcr, %0" ::"r"(uint64_t{1} << 24) : "memory");
     }
-    ~FlushDenormals() { asm volatile("msr fpcr, %0" ::"r"(before)); }
+    ~FlushDenormals() { asm volatile("msr fpcr, %0" ::"r"(before) : "memory"); }
+#else
+    FlushDenormals() {}
 #endif
     FlushDenormals(const FlushDenormals&) = delete;
     FlushDenormals& operator=(const FlushDenormals&) = delete;

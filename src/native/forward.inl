@@ -53,6 +53,12 @@ template <class F> inline void products(const Region& region, const Task* tasks,
     }
 }
 
+inline Activations plain(float* values, long stride) {
+    Activations a{};
+    a.kind = Inputs::f32, a.K = stride, a.values = values;
+    return a;
+}
+
 struct Worker {
     const Model& m;
     const Pass& p;
@@ -140,7 +146,7 @@ struct Worker {
         products(region, &low, 1, p.M, tile, [&](int, long c, long n) { tanh_into(p.low, 5 * m.shift_rank, c, n); });
         region.wait();
         for (int i = 0; i < 5; i++) {
-            Activations low = {Inputs::f32, 5 * m.shift_rank, p.low + i * m.shift_rank, nullptr, nullptr, nullptr};
+            const Activations low = plain(p.low + i * m.shift_rank, 5 * m.shift_rank);
             columns(region, m.D, [&](long c, long n) {
                 multiply(l.shift2[i], c, low, p.M, tile);
                 rows([&](long t, long s) {
@@ -178,7 +184,7 @@ struct Worker {
     // WKV, group norm and gate of the heads in columns [c, c + n): `tile` gets w - 1, then the output
     void recur(const Layer& l, const LayerState& state, long c, long n) {
         if (m.finch) {
-            Activations low = {Inputs::f32, m.decay_rank, p.decay_low, nullptr, nullptr, nullptr};
+            const Activations low = plain(p.decay_low, m.decay_rank);
             multiply(l.decay2, c, low, p.M, tile);
         }
         for (long t = 0; t < p.M; t++)
@@ -272,7 +278,12 @@ struct Worker {
             }
         });
         region.wait();
-        const Task out = {&l.ffn_v, &p.ffn_v_in};
+        Activations squared = p.ffn_v_in;
+        if (p.M == 1 && m.skip_zeros) {      // one token: most inputs are zero in a trained model, and need no weights
+            int32_t* list = p.nonzero + region.thread * nonzero_room(m.F);
+            find_nonzero(squared, l.ffn_v.format, list, list + squared.K);
+        }
+        const Task out = {&l.ffn_v, &squared};
         products(region, &out, 1, p.M, tile, [&](int, long c, long n) {
             for (long t = 0; t < p.M; t++)
                 for (long i = c; i < c + n; i++) p.x[t * m.D + i] += p.receptance[t * m.D + i] * tile[t * unit + i - c];
@@ -306,6 +317,18 @@ void forward(const Model& m, const Pass& p, const Region& region) {
         worker.channel_mix(m.layers[l], p.state[l]);
     }
     if (p.n_wanted) worker.logits();
+}
+
+void product(const Product& p, const Region& region) {
+    columns(region, p.W.K, [&](long c, long n) {
+        for (long t = 0; t < p.M; t++) prepare(p.in, t, c, p.x + t * p.W.K + c, n);
+    });
+    region.wait();
+    const Task task = {&p.W, &p.in};
+    float* tile = p.own + region.thread * p.M * unit;
+    products(region, &task, 1, p.M, tile, [&](int, long c, long n) {
+        for (long t = 0; t < p.M; t++) memcpy(p.out + t * p.W.N + c, tile + t * unit, sizeof(float) * n);
+    });
 }
 
 }  // namespace

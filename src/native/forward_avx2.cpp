@@ -5,4 +5,4 @@
 #include "matmul.inl"
 #include "forward.inl"
 
-const roost::Forward roost::forward_avx2 = forward;
+const roost::Kernels roost::kernels_avx2 = {forward, product};

@@ -5,4 +5,4 @@
 #include "matmul.inl"
 #include "forward.inl"
 
-const roost::Forward roost::forward_avx512 = forward;
+const roost::Kernels roost::kernels_avx512 = {forward, product};

@@ -5,4 +5,4 @@
 #include "matmul.inl"
 #include "forward.inl"
 
-const roost::Forward roost::forward_scalar = forward;
+const roost::Kernels roost::kernels_scalar = {forward, product};

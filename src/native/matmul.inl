@@ -8,11 +8,6 @@ namespace {
 using namespace roost;
 
 constexpr int vectors = panel / lanes;       // per panel
-// rows per tile: as many as the registers hold (accumulators, and for integers one more set per group)
-constexpr int tall_float = lanes == 16 ? 12 : lanes == 8 ? 3 : 1;
-constexpr int tall_int = lanes == 16 ? 6 : 1;
-constexpr int tall_fine = lanes == 16 ? 3 : 1;
-
 inline float bf16_to_float(uint16_t x) {
     const uint32_t bits = static_cast<uint32_t>(x) << 16;
     float f;
@@ -26,18 +21,28 @@ inline uint16_t float_to_bf16(float f) {
     return static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
 
-inline V widen(const uint8_t* bf16) {        // as many bf16 as there are lanes
-    typedef uint16_t Half __attribute__((vector_size(2 * lanes)));
-    Half half;
-    memcpy(&half, bf16, sizeof half);
-    return as_float(__builtin_convertvector(half, I) << 16);
-}
 inline V to_float(I x) { return __builtin_convertvector(x, V); }
-inline V bytes_to_float(const uint8_t* at) {
-    typedef uint8_t Byte __attribute__((vector_size(lanes)));
-    Byte bytes;
-    memcpy(&bytes, at, sizeof bytes);
-    return to_float(__builtin_convertvector(bytes, I));
+inline V widen(const uint8_t* bf16) {        // as many bf16 as there are lanes
+#if ROOST_LANES == 16                        // (the masked form: GCC 12 warns about the plain one)
+    const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(bf16));
+    return as_float((I)_mm512_maskz_cvtepu16_epi32(0xffff, half) << 16);
+#elif ROOST_LANES == 8
+    return as_float((I)_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(bf16))) << 16);
+#else
+    uint16_t half[lanes];
+    memcpy(half, bf16, sizeof half);
+    return V{bf16_to_float(half[0]), bf16_to_float(half[1]), bf16_to_float(half[2]), bf16_to_float(half[3])};
+#endif
+}
+inline V bytes_to_float(const uint8_t* at) { // as many bytes as there are lanes
+#if ROOST_LANES == 16
+    const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(at));
+    return to_float((I)_mm512_maskz_cvtepu8_epi32(0xffff, bytes));
+#elif ROOST_LANES == 8
+    return to_float((I)_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(at))));
+#else
+    return to_float(I{at[0], at[1], at[2], at[3]});
+#endif
 }
 
 // ---- activations
@@ -91,6 +96,41 @@ inline void prepare(const Activations& a, long row, long c, const float* y, long
 #endif
 }
 
+// ---- which inputs are multiplied
+
+// Squared ReLU leaves exact zeros. A block is what one step of a product takes: an input (f32, w16), a pair (bf16), four
+// (i8) or eight (i4). With `nonzero`, only blocks that hold something are read: the others would add zero, exactly.
+inline long block_bytes(Format f) { return f == Format::i4 ? 8 * sizeof(int16_t) / (lanes == 16 ? 2 : 1)
+                                           : f >= Format::i8 ? 4 * sizeof(int16_t) / (lanes == 16 ? 2 : 1) : 4; }
+
+inline bool is_zero(const char* block, long bytes) {
+    int64_t words[2] = {};
+    memcpy(words, block, static_cast<size_t>(bytes));
+    return (words[0] | words[1]) == 0;
+}
+
+// the blocks of row 0 that are not zero, and where each group of 64 (i4: 32) inputs begins among them
+inline void find_nonzero(Activations& a, Format f, int32_t* list, int32_t* starts) {
+    const long bytes = block_bytes(f), size = a.kind == Inputs::f32 ? 4 : a.kind == Inputs::bf16 || lanes < 16 ? 2 : 1;
+    const long inputs = bytes / size, group = f == Format::i4 ? 32 : unit;
+    int32_t count = 0;
+    for (long k = 0; k < a.K; k += inputs) {
+        if (k % group == 0) starts[k / group] = count;
+        list[count] = static_cast<int32_t>(k / inputs);
+        count += !is_zero(static_cast<const char*>(a.values) + k * size, bytes);
+    }
+    starts[a.K / group] = count;
+    if (10 * count < 9 * (a.K / inputs)) a.nonzero = list, a.starts = starts;    // else the detour costs more than it saves
+}
+
+// step(block) for the blocks of groups [g, end), counted from block `first`: all `count` of them, or those not zero
+template <bool sparse, class F> inline void walk(const Activations& a, long g, long end, long first, long count, F&& step) {
+    if constexpr (sparse)
+        for (int32_t i = a.starts[g]; i < a.starts[end]; i++) step(a.nonzero[i] - first);
+    else
+        for (long k = 0; k < count; k++) step(k);
+}
+
 // ---- float products
 
 struct LoadF32 {
@@ -100,29 +140,36 @@ struct LoadW16 {
     static V get(const uint8_t* p, long k, int j) { return widen(p + 2 * (k * panel + j * lanes)); }
 };
 
-template <int R, class Load> inline void tile_float(const uint8_t* p, const float* x, long stride, long K, float* out) {
-    V acc[R][vectors] = {};
-    for (long k = 0; k < K; k++) {
-        V w[vectors];
-        for (int j = 0; j < vectors; j++) w[j] = Load::get(p, k, j);
-        for (int r = 0; r < R; r++)
-            for (int j = 0; j < vectors; j++) acc[r][j] = fma(w[j], splat(x[r * stride + k]), acc[r][j]);
-    }
+template <int R> inline void finish(const V (&acc)[R][vectors], float* out) {
     for (int r = 0; r < R; r++)
         for (int j = 0; j < vectors; j++) store(out + r * unit + j * lanes, acc[r][j]);
 }
 
-// a 32-bit word holds inputs 2k (low half) and 2k + 1 of one output
-template <int R> inline void tile_bf16(const uint8_t* p, const uint16_t* x, long stride, long K, float* out) {
+template <int R, bool sparse, class Load>
+inline void tile_float(const uint8_t* p, const Activations& a, long row, long K, float* out) {
     V acc[R][vectors] = {};
-    for (long k = 0; k < K / 2; k++)
+    const float* x = static_cast<const float*>(a.values) + row * a.K;
+    walk<sparse>(a, 0, a.K / unit, 0, K, [&](long k) {
+        V w[vectors];
+        for (int j = 0; j < vectors; j++) w[j] = Load::get(p, k, j);
+        for (int r = 0; r < R; r++)
+            for (int j = 0; j < vectors; j++) acc[r][j] = fma(w[j], splat(x[r * a.K + k]), acc[r][j]);
+    });
+    finish<R>(acc, out);
+}
+
+// a 32-bit word holds inputs 2k (low half) and 2k + 1 of one output
+template <int R, bool sparse> inline void tile_bf16(const uint8_t* p, const Activations& a, long row, float* out) {
+    V acc[R][vectors] = {};
+    const uint16_t* x = static_cast<const uint16_t*>(a.values) + row * a.K;
+    walk<sparse>(a, 0, a.K / unit, 0, a.K / 2, [&](long k) {
         for (int j = 0; j < vectors; j++) {
             const uint8_t* at = p + 4 * (k * panel + j * lanes);
 #if ROOST_LANES == 16
             const __m512bh w = (__m512bh)_mm512_loadu_si512(at);
             for (int r = 0; r < R; r++) {
                 int32_t pair;
-                memcpy(&pair, x + r * stride + 2 * k, 4);
+                memcpy(&pair, x + r * a.K + 2 * k, 4);
                 acc[r][j] = _mm512_dpbf16_ps(acc[r][j], w, (__m512bh)_mm512_set1_epi32(pair));
             }
 #else
@@ -130,14 +177,14 @@ template <int R> inline void tile_bf16(const uint8_t* p, const uint16_t* x, long
             memcpy(&pairs, at, sizeof pairs);
             const V even = as_float(pairs << 16), odd = as_float(pairs & static_cast<int32_t>(0xffff0000));
             for (int r = 0; r < R; r++) {
-                const uint16_t* pair = x + r * stride + 2 * k;
+                const uint16_t* pair = x + r * a.K + 2 * k;
                 acc[r][j] = fma(even, splat(bf16_to_float(pair[0])), acc[r][j]);
                 acc[r][j] = fma(odd, splat(bf16_to_float(pair[1])), acc[r][j]);
             }
 #endif
         }
-    for (int r = 0; r < R; r++)
-        for (int j = 0; j < vectors; j++) store(out + r * unit + j * lanes, acc[r][j]);
+    });
+    finish<R>(acc, out);
 }
 
 // ---- integer products: unsigned codes of weights times signed activations, sums exact in 32 bits
@@ -169,10 +216,11 @@ inline void quads(I* acc, const uint8_t* w, const int16_t* a) {
 }
 #endif
 
-template <int R, bool fine> inline void tile_i8(const uint8_t* p, const Activations& a, long row, float* out) {
+template <int R, bool sparse, bool fine> inline void tile_i8(const uint8_t* p, const Activations& a, long row, float* out) {
     V acc[R][vectors] = {};
     const long groups = a.K / unit;
     for (long g = 0; g < groups; g++, p += 33 * unit) {
+        if (sparse && a.starts[g] == a.starts[g + 1]) continue;
         I dot[R][vectors], low[fine ? R : 1][vectors] = {};
         for (int r = 0; r < R; r++) {
             const int32_t* sums = a.sum + ((row + r) * a.K + g * unit) / 32;
@@ -181,7 +229,7 @@ template <int R, bool fine> inline void tile_i8(const uint8_t* p, const Activati
                 if (fine && lanes == 16) low[r][j] = I{} + offset, dot[r][j] = I{};
                 else dot[r][j] = I{} + offset;
         }
-        for (long q = 0; q < 16; q++) {
+        walk<sparse>(a, g, g + 1, 16 * g, 16, [&](long q) {
             const uint8_t* w = p + q * 4 * panel;
 #if ROOST_LANES == 16
             const __m512i w0 = _mm512_loadu_si512(w), w1 = _mm512_loadu_si512(w + 64);
@@ -200,7 +248,7 @@ template <int R, bool fine> inline void tile_i8(const uint8_t* p, const Activati
             for (int r = 0; r < R; r++)
                 quads(dot[r], w, static_cast<const int16_t*>(a.values) + (row + r) * a.K + g * unit + 4 * q);
 #endif
-        }
+        });
         for (int j = 0; j < vectors; j++) {
             const V scale = widen(p + 32 * unit + 2 * j * lanes);
             for (int r = 0; r < R; r++) {
@@ -210,16 +258,16 @@ template <int R, bool fine> inline void tile_i8(const uint8_t* p, const Activati
             }
         }
     }
-    for (int r = 0; r < R; r++)
-        for (int j = 0; j < vectors; j++) store(out + r * unit + j * lanes, acc[r][j]);
+    finish<R>(acc, out);
 }
 
-template <int R> inline void tile_i4(const uint8_t* p, const Activations& a, long row, float* out) {
+template <int R, bool sparse> inline void tile_i4(const uint8_t* p, const Activations& a, long row, float* out) {
     V acc[R][vectors] = {};
     const long groups = a.K / 32;
     for (long g = 0; g < groups; g++, p += 18 * 32) {
+        if (sparse && a.starts[g] == a.starts[g + 1]) continue;
         I dot[R][vectors] = {};
-        for (long o = 0; o < 4; o++) {
+        walk<sparse>(a, g, g + 1, 4 * g, 4, [&](long o) {
             const uint8_t* w = p + o * 4 * panel;
 #if ROOST_LANES == 16
             const __m512i mask = _mm512_set1_epi8(15);
@@ -243,7 +291,7 @@ template <int R> inline void tile_i4(const uint8_t* p, const Activations& a, lon
                 quads(dot[r], low, x), quads(dot[r], high, x + 4);
             }
 #endif
-        }
+        });
         for (int j = 0; j < vectors; j++) {
             const V s = bytes_to_float(p + 512 + j * lanes), z = bytes_to_float(p + 544 + j * lanes) * 0.0625f;
             for (int r = 0; r < R; r++) {    // both terms of the difference are exact: below 2^24 in sixteenths
@@ -257,35 +305,39 @@ template <int R> inline void tile_i4(const uint8_t* p, const Activations& a, lon
             store(out + r * unit + j * lanes, acc[r][j] * load(reinterpret_cast<const float*>(p) + j * lanes));
 }
 
-template <int R> inline void tile(const Matrix& W, const uint8_t* p, const Activations& a, long row, float* out) {
-    const auto* x = static_cast<const float*>(a.values) + row * a.K;
+template <int R, bool sparse>
+inline void tile(const Matrix& W, const uint8_t* p, const Activations& a, long row, float* out) {
     switch (W.format) {
-        case Format::f32: if constexpr (R <= tall_float) tile_float<R, LoadF32>(p, x, a.K, W.K, out); return;
-        case Format::w16: if constexpr (R <= tall_float) tile_float<R, LoadW16>(p, x, a.K, W.K, out); return;
-        case Format::bf16:
-            if constexpr (R <= tall_float)
-                tile_bf16<R>(p, static_cast<const uint16_t*>(a.values) + row * a.K, a.K, a.K, out);
-            return;
-        case Format::i8: if constexpr (R <= tall_int) tile_i8<R, false>(p, a, row, out); return;
-        case Format::i8_fine: if constexpr (R <= tall_fine) tile_i8<R, true>(p, a, row, out); return;
-        case Format::i4: if constexpr (R <= tall_int) tile_i4<R>(p, a, row, out); return;
+        case Format::f32: return tile_float<R, sparse, LoadF32>(p, a, row, W.K, out);
+        case Format::w16: return tile_float<R, sparse, LoadW16>(p, a, row, W.K, out);
+        case Format::bf16: return tile_bf16<R, sparse>(p, a, row, out);
+        case Format::i8: return tile_i8<R, sparse, false>(p, a, row, out);
+        case Format::i8_fine: return tile_i8<R, sparse, true>(p, a, row, out);
+        case Format::i4: return tile_i4<R, sparse>(p, a, row, out);
     }
 }
 
-template <int R> inline long tiles(const Matrix& W, const uint8_t* p, const Activations& a, long m, long M, float* out) {
-    for (; m + R <= M; m += R) tile<R>(W, p, a, m, out + m * unit);
-    return m;
-}
+using Tile = void (*)(const Matrix&, const uint8_t*, const Activations&, long, float*);
+constexpr Tile tiles[] = {
+    tile<1, false>,
+#if ROOST_LANES >= 8
+    tile<2, false>, tile<3, false>,
+#endif
+#if ROOST_LANES == 16
+    tile<4, false>, tile<5, false>, tile<6, false>,
+#endif
+};
+constexpr long tallest = sizeof tiles / sizeof *tiles;       // rows at a time: what the registers hold
 
-// out[m * 64 + 0..31] = panel p of W times rows [0, M): row stride 64, so two panels lie side by side
+// out[m * 64 + 0..31] = panel p of W times rows [0, M), in tiles of nearly equal height; a row of `out` is 64 wide
 inline void multiply_panel(const Matrix& W, long p, const Activations& a, long M, float* out) {
-    const uint8_t* data = W.at(p);
-    const int most = W.format == Format::i8_fine ? tall_fine : W.format >= Format::i8 ? tall_int : tall_float;
-    long m = 0;
-    if (most >= 12) m = tiles<12>(W, data, a, m, M, out);
-    if (most >= 6) m = tiles<6>(W, data, a, m, M, out);
-    if (most >= 3) m = tiles<3>(W, data, a, m, M, out);
-    tiles<1>(W, data, a, m, M, out);
+    if (a.nonzero && M == 1) return tile<1, true>(W, W.at(p), a, 0, out);
+    const long most = W.format == Format::i8_fine && tallest > 4 ? 4 : tallest;
+    for (long m = 0; m < M;) {
+        const long left = M - m, height = (left + (left + most - 1) / most - 1) / ((left + most - 1) / most);
+        tiles[height - 1](W, W.at(p), a, m, out + m * unit);
+        m += height;
+    }
 }
 
 // outputs [c, c + 64) of W for all rows

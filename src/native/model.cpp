@@ -51,18 +51,18 @@ constexpr const char* mixed = "wkvrg";       // att.time_maa_w .. g, att.time_mi
 struct Handle {
     Model model{};
     std::vector<Layer> layers;
-    Forward forward = nullptr;
+    const Kernels* kernels = nullptr;
     std::mutex busy;                         // the scratch memory belongs to one call at a time
     std::vector<char> scratch;
     long zeros = 0, inputs = 0;              // of ffn.value since the last question
 };
 
-Forward choose() {
+const Kernels* choose() {
 #if defined(__x86_64__)
-    if (isa() >= Isa::avx512) return forward_avx512;
-    if (isa() == Isa::avx2) return forward_avx2;
+    if (isa() >= Isa::avx512) return &kernels_avx512;
+    if (isa() == Isa::avx2) return &kernels_avx2;
 #endif
-    return forward_scalar;
+    return &kernels_scalar;
 }
 
 void need(bool good, const std::string& problem) {
@@ -146,6 +146,7 @@ size_t lay_out(const Model& m, Pass& p, long rows, long wanted, int threads, cha
     p.ffn_v_in = cut.activations(l.ffn_v, rows), p.head_in = cut.activations(m.head, wanted);
     p.own = cut.take<float>(2 * unit * most * threads);
     p.own_stride = 2 * unit * most;
+    p.nonzero = cut.take<int32_t>(nonzero_room(m.F) * threads);
     p.zeros = cut.take<long>(8 * threads);
     return cut.used + 64;
 }
@@ -157,8 +158,7 @@ void run_pass(Handle& h, Pass& p, int threads) {
     size_t room = h.scratch.size();
     lay_out(h.model, p, p.M, p.n_wanted, threads, static_cast<char*>(std::align(64, 1, base, room)));
     std::memset(p.zeros, 0, sizeof(long) * 8 * static_cast<size_t>(threads));
-    const Forward forward = h.forward;
-    parallel(threads, [&](const Region& region) { forward(h.model, p, region); });
+    parallel(threads, [&](const Region& region) { h.kernels->forward(h.model, p, region); });
     for (int i = 0; i < threads; i++) h.zeros += p.zeros[8 * i];
     h.inputs += p.M * h.model.L * h.model.F;
 }
@@ -238,13 +238,13 @@ ROOST_API void* roost_model_new(const long* sizes, float group_norm_eps) {
         Model& m = h->model;
         m.finch = sizes[0] != 0, m.gate = sizes[1] != 0;
         m.L = sizes[2], m.D = sizes[3], m.A = sizes[4], m.F = sizes[5], m.V = sizes[6], m.N = sizes[7];
-        m.shift_rank = sizes[8], m.decay_rank = sizes[9], m.group_norm_eps = group_norm_eps;
+        m.shift_rank = sizes[8], m.decay_rank = sizes[9], m.skip_zeros = sizes[10] != 0, m.group_norm_eps = group_norm_eps;
         for (int i = 2; i < 8; i++) need(sizes[i] > 0 && sizes[i] < (1l << 31), "the sizes of the model are impossible");
         need(sizes[8] >= 0 && sizes[8] < 65536 && sizes[9] >= 0 && sizes[9] < 65536, "the ranks are impossible");
         need((m.N == 16 || m.N == 32 || m.N == 64) && m.A % m.N == 0, "the native model needs heads of 16, 32 or 64 channels");
         h->layers.resize(static_cast<size_t>(m.L));
         m.layers = h->layers.data();
-        h->forward = choose();
+        h->kernels = choose();
         made = h.release();
     });
     return made;
@@ -322,4 +322,24 @@ ROOST_API void roost_model_zeros(void* model, long* zeros, long* inputs) {
     std::lock_guard busy(h.busy);
     *zeros = h.zeros, *inputs = h.inputs;
     h.zeros = h.inputs = 0;
+}
+
+// out (M, N) = x (M, K) W^T with one packed matrix, exactly as the model computes it: for tests and measurements.
+ROOST_API int roost_product(int format, const void* packed, long bytes, long N, long K, const float* x, long M, float* out,
+                            int threads) {
+    return guarded([&] {
+        Product p{};
+        set_matrix(p.W, format, N, K, packed, bytes, "product");
+        need(M > 0 && M < (1l << 31) && threads > 0 && threads <= max_threads, "product: impossible sizes");
+        Cutter measure{nullptr};
+        measure.activations(p.W, M), measure.take<float>(M * unit * threads);
+        std::vector<char> scratch(measure.used + 64);
+        void* base = scratch.data();
+        size_t room = scratch.size();
+        Cutter cut{static_cast<char*>(std::align(64, 1, base, room))};
+        p.in = cut.activations(p.W, M), p.own = cut.take<float>(M * unit * threads);
+        p.x = x, p.M = M, p.out = out;
+        const Kernels* kernels = choose();
+        parallel(threads, [&](const Region& region) { kernels->product(p, region); });
+    });
 }

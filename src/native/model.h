@@ -45,6 +45,7 @@ struct Activations {         // M rows of K inputs in the form a matrix wants
     int8_t* low;             // s16 with byte dot products: the low bytes; `values` then holds the high ones
     float* scale;            // s8, s16: one per row and group of 64
     int32_t* sum;            // s8, s16: sum of the integers per row and group of 32
+    const int32_t *nonzero, *starts;  // null, or of a single row the blocks that hold something: see matmul.inl
 };
 
 struct Layer {
@@ -57,7 +58,7 @@ struct Layer {
 };
 
 struct Model {
-    int finch, gate;
+    int finch, gate, skip_zeros;
     long L, D, A, F, V, N;              // layers, width, width of time mixing, of channel mixing, vocabulary, head size
     long shift_rank, decay_rank;
     float group_norm_eps;
@@ -67,6 +68,8 @@ struct Model {
     Matrix head;
     Layer* layers;
 };
+
+inline long nonzero_room(long F) { return round_up(F, unit) + round_up(F, unit) / 32 + 16; }
 
 struct LayerState { const float *att, *wkv, *ffn; float *att_out, *wkv_out, *ffn_out; };  // (n, D), (n, H, N, N), (n, D)
 
@@ -83,11 +86,23 @@ struct Pass {                           // M tokens of n sequences, packed one a
     float *x, *normed, *low, *r, *k, *v, *g, *decay_low, *receptance;
     float* own;                         // per thread: two tiles of M * 64 floats
     long own_stride;
+    int32_t* nonzero;                   // per thread: nonzero_room(F) numbers
     Activations shift_in, in[5], out_in, ffn_k_in, ffn_r_in, ffn_v_in, head_in;
     long* zeros;                        // per thread: inputs of ffn.value that were zero
 };
 
-using Forward = void (*)(const Model&, const Pass&, const Region&);
-extern const Forward forward_scalar, forward_avx2, forward_avx512;
+struct Product {                        // out (M, N) = x (M, K) W^T, alone: for tests and measurements
+    Matrix W;
+    Activations in;
+    const float* x;
+    long M;
+    float *out, *own;
+};
+
+struct Kernels {                        // of one instruction set
+    void (*forward)(const Model&, const Pass&, const Region&);
+    void (*product)(const Product&, const Region&);
+};
+extern const Kernels kernels_scalar, kernels_avx2, kernels_avx512;
 
 }  // namespace roost

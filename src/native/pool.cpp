@@ -3,13 +3,12 @@
 
 #include "common.h"
 
-#include <memory>
+#include <algorithm>
+#include <csignal>
 #include <mutex>
-#include <new>
 #include <pthread.h>
 #include <system_error>
 #include <thread>
-#include <vector>
 #if defined(__linux__)
 #include <linux/futex.h>
 #include <sys/syscall.h>
@@ -19,16 +18,15 @@
 namespace roost {
 namespace {
 
-constexpr int spins = 2000;                  // about 20 microseconds; then the core is given back
-
 inline void pause() {
 #if defined(__x86_64__)
     __builtin_ia32_pause();
 #elif defined(__aarch64__)
-    asm volatile("yield");
+    asm volatile("isb" ::: "memory");        // some 10 ns; `yield` does nothing on most cores
 #endif
 }
 
+// Sleep if `word` is still `value`; may return early.
 void sleep_while(std::atomic<unsigned>& word, unsigned value) {
 #if defined(__linux__)
     syscall(SYS_futex, &word, FUTEX_WAIT_PRIVATE, value, nullptr, nullptr, 0);
@@ -45,98 +43,129 @@ void wake_all(std::atomic<unsigned>& word) {
 #endif
 }
 
-unsigned await_change(std::atomic<unsigned>& word, unsigned seen) {
-    for (int i = 0; i < spins; i++) {
-        const unsigned now = word.load(std::memory_order_acquire);
-        if (now != seen) return now;
-        pause();
+// Threads that are born in this scope get no signals: an interrupt must end the read or sleep of Python's main thread.
+struct NoSignals {
+    sigset_t before;
+    NoSignals() {
+        sigset_t all;
+        sigfillset(&all);
+        for (int fault : {SIGSEGV, SIGBUS, SIGFPE, SIGILL, SIGTRAP, SIGABRT, SIGSYS}) sigdelset(&all, fault);
+        pthread_sigmask(SIG_SETMASK, &all, &before);
     }
-    unsigned now;
-    while ((now = word.load(std::memory_order_acquire)) == seen) sleep_while(word, seen);
-    return now;
-}
+    ~NoSignals() { pthread_sigmask(SIG_SETMASK, &before, nullptr); }
+};
 
+// Each worker has a start signal of its own, so a region neither wakes nor misleads those that it leaves out: what they
+// would read of it may already belong to the next one.
 struct Pool {
-    std::mutex turn;                         // one region at a time
-    std::vector<std::thread> workers;        // thread i + 1 is workers[i]
-    alignas(64) std::atomic<unsigned> start{0};
-    alignas(64) std::atomic<unsigned> done{0};
-    std::atomic<int> pending{0};
-    int threads = 1;
+    std::mutex turn;                         // one region at a time, and who may write what follows
+    int size = 1;                            // threads there are, the caller included
+    int threads = 1, spins = 0;              // the region: stable until each of its threads has taken its last look
     Body body = nullptr;
     void* context = nullptr;
     Barrier* barrier = nullptr;
+    alignas(64) std::atomic<int> pending{0};
+    Signal finished;
+    Signal start[max_threads];
 
-    void work(int index, unsigned seen) {
-        for (;;) {
-            seen = await_change(start, seen);
-            if (index >= threads) continue;  // `threads` is stable until every participant of this region is done
-            FlushDenormals flush;
-            body({threads, index, barrier}, context);
-            if (pending.fetch_sub(1, std::memory_order_acq_rel) == 1) {
-                done.fetch_add(1, std::memory_order_release);
-                wake_all(done);
+    void work(int index) {
+        int patience = 0;
+        for (unsigned seen = 0;; seen++) {   // takes part in each region that it is called to: it cannot miss a number
+            start[index].await(seen, patience);
+            patience = spins;
+            {
+                FlushDenormals flush;
+                body({threads, index, barrier}, context);
             }
+            leave();
         }
     }
+
+    bool leave() {                           // whether this thread is the last one of the region
+        const bool last = pending.fetch_sub(1, std::memory_order_acq_rel) == 1;
+        if (last) finished.raise();
+        return last;
+    }
+
+    void grow(int wanted);
 };
 
-Pool* pool = new Pool;                       // never destroyed: its workers sleep until the process ends
-
-void grow(int threads) {
-    while (static_cast<int>(pool->workers.size()) < threads - 1) {
-        const int index = static_cast<int>(pool->workers.size()) + 1;
-        const unsigned seen = pool->start.load();
-        try {
-            pool->workers.emplace_back([p = pool, index, seen] { p->work(index, seen); });
-        } catch (const std::system_error&) {
-            throw Error("the system refuses to start " + std::to_string(threads) + " threads");
-        }
+void Pool::grow(int wanted) {
+    const NoSignals guard;
+    try {
+        for (; size < wanted; size++) std::thread([this, index = size] { work(index); }).detach();
+    } catch (const std::system_error&) {
+        throw Error("the system gives only " + std::to_string(size) + " of " + std::to_string(wanted) + " threads");
     }
 }
 
-const int at_fork = pthread_atfork(nullptr, nullptr, [] { pool = new Pool; });  // workers do not survive a fork
+Pool* pool = new Pool;                       // never destroyed: its workers sleep until the process ends
+const int cores = static_cast<int>(std::thread::hardware_concurrency());
+
+// Workers do not survive a fork, and another thread of the parent may have held `turn`.
+[[maybe_unused]] const int at_fork = pthread_atfork(nullptr, nullptr, [] { pool = new Pool; });
 
 }  // namespace
 
+// The order of the two numbers decides (hence sequential consistency): either the sleeper sees the new number, or the
+// other side sees the sleeper.
+void Signal::raise() {
+    number.fetch_add(1);
+    if (sleepers.load()) wake_all(number);
+}
+
+bool Signal::await(unsigned seen, int spins) {
+    for (int i = 0; i < spins; i++) {
+        if (now() != seen) return true;
+        pause();
+    }
+    sleepers.fetch_add(1);
+    while (number.load() == seen) sleep_while(number, seen);
+    sleepers.fetch_sub(1);
+    return false;
+}
+
+// A spin in vain means that another program has the core of a thread that is awaited. Then the next waits sleep at once:
+// a thread that spins uses up its share of a core and is late itself. After them a spin tells whether it is still so.
 void Barrier::wait() {
-    const unsigned seen = generation.load(std::memory_order_acquire);
+    constexpr int most = 100;
+    thread_local int trust = most;           // spins that went well, up to `most`; below 0, waits to sleep through
+    const unsigned seen = opened.now();
     if (arrived.fetch_add(1, std::memory_order_acq_rel) == threads - 1) {
         arrived.store(0, std::memory_order_relaxed);
-        generation.fetch_add(1, std::memory_order_release);
-        wake_all(generation);
+        opened.raise();
+    } else if (trust < 0) {
+        opened.await(seen, 0);
+        trust++;
     } else {
-        await_change(generation, seen);
+        trust = opened.await(seen, spins) ? std::min(trust + 1, most) : trust - most;
     }
 }
 
 void run(int threads, Body body, void* context) {
-    (void)at_fork;
     if (threads < 1 || threads > max_threads)
         throw Error("threads is " + std::to_string(threads) + "; it must be 1 to " + std::to_string(max_threads));
     if (threads == 1) {
         FlushDenormals flush;
         return body({1, 0, nullptr}, context);
     }
+    const int spins = threads > cores ? 0 : 2000;  // some 50 microseconds, more than waking a thread takes
+    Barrier barrier(threads, spins);
     std::lock_guard turn(pool->turn);
-    grow(threads);
-    Barrier barrier(threads);
+    pool->grow(threads);
     pool->threads = threads;
+    pool->spins = spins;
     pool->body = body;
     pool->context = context;
     pool->barrier = &barrier;
     pool->pending.store(threads, std::memory_order_relaxed);
-    const unsigned seen = pool->done.load(std::memory_order_acquire);
-    pool->start.fetch_add(1, std::memory_order_release);
-    wake_all(pool->start);
+    const unsigned seen = pool->finished.now();
+    for (int i = 1; i < threads; i++) pool->start[i].raise();
     {
         FlushDenormals flush;
         body({threads, 0, &barrier}, context);
     }
-    if (pool->pending.fetch_sub(1, std::memory_order_acq_rel) == 1)
-        pool->done.fetch_add(1, std::memory_order_release);
-    else
-        await_change(pool->done, seen);
+    if (!pool->leave()) pool->finished.await(seen, spins);
 }
 
 }  // namespace roost

@@ -25,7 +25,7 @@ inline F8 error8(const F8* x, const float* h, F8 scale) {
     return sum;
 }
 
-void pack_i8(const F8* x, const float* h, long Kp, long lane, uint8_t* out) {
+void pack_i8(const F8* x, const F8& unit, const float* h, long Kp, long lane, uint8_t* out) {
     for (long k0 = 0; k0 < Kp; k0 += group8, x += group8, h += group8, out += group8_bytes) {
         F8 most{};
         for (long k = 0; k < group8; k++) most = larger(most, larger(x[k], -x[k]));
@@ -45,7 +45,7 @@ void pack_i8(const F8* x, const float* h, long Kp, long lane, uint8_t* out) {
                 out[k / 4 * 4 * panel + (lane + n) * 4 + k % 4] = static_cast<uint8_t>(code[n]);
         }
         for (int n = 0; n < strip; n++) {
-            const uint16_t scale = to_bf16(best[n]);
+            const uint16_t scale = to_bf16(best[n] * unit[n]);
             __builtin_memcpy(out + group8 * panel + 2 * (lane + n), &scale, 2);
         }
     }
@@ -132,7 +132,7 @@ inline void refine4(const F8* x, const float* h, F8 R, const Fit& fit, F8& best_
     }
 }
 
-void pack_i4(const F8* x, const float* h, long K, long Kp, long lane, uint8_t* out, Fit* fits) {
+void pack_i4(const F8* x, const F8& unit, const float* h, long K, long Kp, long lane, uint8_t* out, Fit* fits) {
     const long groups = Kp / group4;
     F8 largest{};
     for (long g = 0; g < groups; g++) {
@@ -160,7 +160,8 @@ void pack_i4(const F8* x, const float* h, long K, long Kp, long lane, uint8_t* o
             out[17 * panel + lane + n] = static_cast<uint8_t>(z[n]);
         }
     }
-    __builtin_memcpy(out + 4 * lane, &R, sizeof R);                        // `out` is past the last group
+    const F8 stored = R * unit;
+    __builtin_memcpy(out + 4 * lane, &stored, sizeof stored);  // `out` is past the last group
 }
 
 }  // namespace

@@ -200,6 +200,13 @@ template <int N> INLINE void stage(const void* base, long step, long t, long tok
     }
 }
 
+// four rows on their way to the cache while something else is computed; `write`: to be written in full
+template <int N, bool write> INLINE void fetch(const void* base, long step, long t, long tokens, bool bf16) {
+    for (int x = 0; x < 4 && t + x < tokens; x++)
+        for (int line = 0; line < (bf16 ? N / 32 : N / 16); line++)
+            __builtin_prefetch(static_cast<const char*>(row(base, (t + x) * step, bf16)) + 64 * line, write, 2);
+}
+
 INLINE long least(long a, long b) { return a < b ? a : b; }
 
 // ----------------------------------------------------------------------------------------------------- forward
@@ -211,8 +218,8 @@ template <int N> struct ForwardScratch {
     float v[block_tokens][N];
 };
 
-template <int N> INLINE void one_token(const Forward& h) {  // decoding: the old state is read and the new one written once
-    constexpr int width = N / L < 4 ? N / L : 4;
+// decoding: the old state is read and the new one written once, `width` vectors of value columns at a time
+template <int N, int width> INLINE void one_token(const Forward& h) {
     float r[N], k[N], e[N];
     V bonus = {};
     for (int i = 0; i < N; i += L) {
@@ -262,13 +269,21 @@ template <int N> INLINE void columns(const Forward& h, const ForwardScratch<N>& 
     }
 }
 
+template <int N> INLINE void fetch_next(const Forward& h, long t) {
+    for (long end = t + block_tokens; t < end; t += 4) {
+        fetch<N, false>(h.r, h.r_step, t, h.tokens, h.bf16), fetch<N, false>(h.k, h.k_step, t, h.tokens, h.bf16);
+        fetch<N, false>(h.v, h.v_step, t, h.tokens, h.bf16);
+        if (h.w_step) fetch<N, false>(h.log_w, h.w_step, t, h.tokens, false);
+    }
+}
+
 INLINE void copy_columns(const float* from, float* to, int n, int first, int last) {
     for (int i = 0; i < n; i++) __builtin_memcpy(to + i * n + first, from + i * n + first, sizeof(float) * (last - first));
 }
 
 template <int N> void forward(const Forward& h, void* scratch) {
     ForwardScratch<N>& w = *static_cast<ForwardScratch<N>*>(scratch);
-    if (h.tokens == 1) return one_token<N>(h);
+    if (h.tokens == 1) return h.last - h.first < 4 * L ? one_token<N, 2>(h) : one_token<N, 4>(h);
     copy_columns(h.state, h.after, N, h.first, h.last);
     decays<N>(h, w.fixed);
     for (long start = 0; start < h.tokens; start += block_tokens) {
@@ -277,6 +292,7 @@ template <int N> void forward(const Forward& h, void* scratch) {
         if (h.saved && start) copy_columns(h.after, h.saved + (start / block_tokens - 1) * h.saved_step, N, h.first, h.last);
         stage<N>(h.v, h.v_step, start, h.tokens, h.bf16, 4 * groups, w.v);
         for (int n = 0; n < groups; n++) quad<N>(h, start + 4 * n, decay_at<N>(h, start + 4 * n, w.fixed, w.own), w.quad[n]);
+        fetch_next<N>(h, start + block_tokens);
         for (int j = h.first; j < h.last; j += 2 * L) columns<N>(h, w, start, count, j);
     }
 }
@@ -406,6 +422,27 @@ template <int N> INLINE void triangle(const Backward& h, BackwardScratch<N>& s, 
     }
 }
 
+// during the sweeps over one block, what the block before it will read, and the rows that this one will write
+template <int N> INLINE void fetch_around(const Backward& h, long t, int p) {
+    const long before = t - block_tokens;
+    if (p == 0) {
+        if (t >= 4) fetch<N, true>(h.dv, h.step, t - 4, h.tokens, h.bf16);
+        if (before >= 0) {
+            fetch<N, false>(h.r, h.r_step, before, h.tokens, h.bf16);
+            fetch<N, false>(h.k, h.k_step, before, h.tokens, h.bf16);
+            if (h.w_step) fetch<N, false>(h.log_w, h.w_step, before, h.tokens, false);
+        }
+    }
+    if (p + rows_at_once == N) {
+        if (before >= 0) {
+            fetch<N, false>(h.v, h.v_step, before, h.tokens, h.bf16);
+            fetch<N, false>(h.g, h.g_step, before, h.tokens, h.bf16);
+        }
+        fetch<N, true>(h.dr, h.step, t, h.tokens, h.bf16), fetch<N, true>(h.dk, h.step, t, h.tokens, h.bf16);
+        if (h.w_step) fetch<N, true>(h.d_log_w, h.step, t, h.tokens, false);
+    }
+}
+
 template <int N> INLINE void add_block(float* sum, float* block) {
     for (int i = 0; i < N; i += L) at(sum + i) += at(block + i), at(block + i) = V{};
 }
@@ -428,7 +465,10 @@ template <int N> void backward(const Backward& h, void* scratch) {
         for (int p = 0; p < N; p += rows_at_once) {
             transpose((c ? h.saved + (c - 1) * h.saved_step : h.state) + p, N, w.S[0][0], N, N, rows_at_once);
             recompute<N>(w, groups, p);
-            for (int n = groups - 1; n >= 0; n--) values<N>(h, w, n, start + 4 * n, p), sweep<N>(w, n, p);
+            for (int n = groups - 1; n >= 0; n--) {
+                fetch_around<N>(h, start + 4 * n, p);
+                values<N>(h, w, n, start + 4 * n, p), sweep<N>(w, n, p);
+            }
         }
         for (int n = 0; n < groups; n++) triangle<N>(h, w, n, start + 4 * n);
         add_block<N>(h.du, w.du);

@@ -4,18 +4,28 @@ state of constant size.
 Training, prefill and decoding are one call: `logits, state = model(tokens, state)`.
 """
 
-from roost.checkpoint import convert, info, load
-from roost.config import PRESETS, ModelConfig
-from roost.data.loader import TokenLoader
-from roost.evaluation.loss import bits_per_byte
-from roost.inference.sampling import Sampling
-from roost.inference.stream import generate, read, stream
-from roost.models.rwkv import RWKV
-from roost.ops import wkv, wkv_backend
-from roost.state import LayerState, State
-from roost.tokenizer import StreamDecoder, WorldTokenizer
-from roost.training.config import TrainConfig
-from roost.training.loop import train
+import sys
+from pathlib import Path
+
+try:
+    from roost.checkpoint import convert, info
+    from roost.config import PRESETS, ModelConfig
+    from roost.data.loader import TokenLoader
+    from roost.evaluation.loss import bits_per_byte
+    from roost.inference.sampling import Sampling
+    from roost.inference.stream import generate, read, stream
+    from roost.loading import load
+    from roost.models.native import NativeModel
+    from roost.models.rwkv import RWKV
+    from roost.ops import wkv, wkv_backend
+    from roost.state import LayerState, State
+    from roost.tokenizer import StreamDecoder, WorldTokenizer
+    from roost.training.config import TrainConfig
+    from roost.training.loop import train
+except KeyboardInterrupt:  # torch takes seconds to load: in the command line Ctrl-C is as quiet then as it is later
+    if Path(sys.argv[0]).stem not in ("roost", "-m"):
+        raise
+    sys.exit(130)
 
 __version__ = "0.1.0"
 
@@ -24,6 +34,7 @@ __all__ = [
     "RWKV",
     "LayerState",
     "ModelConfig",
+    "NativeModel",
     "Sampling",
     "State",
     "StreamDecoder",

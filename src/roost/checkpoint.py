@@ -9,7 +9,6 @@ Refuses to know: where a name leads and what the names of each dialect are (roos
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import warnings
@@ -22,8 +21,7 @@ from torch import Tensor
 
 from roost.checks import usable_device
 from roost.config import ModelConfig
-from roost.files import replacing
-from roost.formats import fla, huggingface, official, storage
+from roost.formats import fla, gguf, huggingface, official, packed, storage
 from roost.formats.locate import ASSETS, resolve
 from roost.formats.official import LABELS, Version
 from roost.formats.upcycle import upcycle
@@ -45,9 +43,9 @@ class Info:
 
     path          the file or directory
     version       "4", "5.0", "5.1", "5.2" or "6";  label: the same in words, e.g. "RWKV-6 (Finch)"
-    dialect       "official", "huggingface" or "fla"
+    dialect       "official", "huggingface", "fla" or "gguf"
     config        the sizes of the model it loads as
-    dtypes        parameters stored in each dtype, most first
+    dtypes        parameters stored in each dtype ("fp32", in GGUF files also "q8_0" ..), most first
     parameters    numbers in the file
     file_bytes    size of all weight files
     state_bytes   fp32 state of one sequence
@@ -99,10 +97,24 @@ class _Opened:
     version: Version
     dialect: str
     config: ModelConfig
-    stored: dict[str, Tensor]
+    dtypes: dict[str, int]  # numbers stored in each
     named: dict[str, Tensor]  # official names, before upgrades
     weights: dict[str, Tensor]  # after upgrades, in the trainer's key order
     model: RWKV  # on the meta device
+    gguf: gguf.GGUF | None = None  # the file itself, where it is one of these
+
+    def tokenizer(self) -> WorldTokenizer | None:
+        """The file's own vocabulary, or the one that the number of ids tells."""
+        vocab = self.config.vocab_size
+        own = None if self.gguf is None else self.gguf.tokenizer(vocab)
+        return tokenizer_of(vocab) if own is None else own
+
+
+def tokenizer_of(vocab: int) -> WorldTokenizer | None:
+    """The tokenizer that a number of ids tells: World from 65536 on, bytes for 257, None for others (the Pile models')."""
+    if vocab == 257:
+        return WorldTokenizer.byte_level()
+    return WorldTokenizer() if vocab >= 65536 else None
 
 
 def load(
@@ -115,18 +127,19 @@ def load(
 ) -> tuple[RWKV, WorldTokenizer | None]:
     """A model and its tokenizer from a path or a name.
 
-    x       a .pth or .safetensors file; a directory with Hugging Face (rwkv, rwkv5, rwkv6) or fla weights, sharded or
-            not, or with one .pth; a model that ships ("nestling"); or a hub name: "owner/name", "owner/name@revision",
-            "owner/name/file.pth". A path that exists comes first.
+    x       a .pth, .safetensors or .gguf (rwkv6) file; a directory with Hugging Face (rwkv, rwkv5, rwkv6) or fla
+            weights, sharded or not, or with one .pth; a model that ships ("nestling"); or a hub name: "owner/name",
+            "owner/name@revision", "owner/name/file.pth". A path that exists comes first.
     dtype   None keeps the file's: decay, bonus, maa, ln_x and time_state as they are stored (they are used in fp32
             anyway), all other tensors in the widest dtype found among them. Otherwise every tensor is converted.
             A model that ships is stored in bf16 and loads in fp32: many CPUs have no bf16 arithmetic. fp16 files load
             in fp32 too, and fp16 is refused: without rescaling, the residual stream of real models overflows there.
+            Quantised GGUF tensors become numbers of `dtype`, by default fp32.
     endpoint, cache_dir   the hub to ask and where to keep its files; None = huggingface_hub's own
 
-    RWKV-5.0 and 5.1 load as Eagle, exactly. Tokenizer: the World tokenizer for 65536 ids or more, bytes for 257, and
-    None for others (the Pile models'). On the CPU in the file's dtype the weights are mapped, not read: the file may be
-    replaced (as roost does) while the model is used, but not overwritten in place.
+    RWKV-5.0 and 5.1 load as Eagle, exactly. Tokenizer: the one in the file (GGUF), else the World tokenizer for 65536
+    ids or more, bytes for 257, and None for others (the Pile models'). On the CPU in the file's dtype the weights are
+    mapped, not read: the file may be replaced (as roost does) while the model is used, but not overwritten in place.
 
     Raises ValueError for anything that cannot be loaded, naming the file, the variant or the tensors, and what to do.
     """
@@ -138,13 +151,13 @@ def load(
     path = resolve(x, endpoint, cache_dir)
     if dtype is None and path.parent == ASSETS:
         dtype = torch.float32
-    opened = _open(path)
+    opened = _open(path, dtype)
     model = opened.model
     wanted = _dtypes(opened.weights) if dtype is None else dict.fromkeys(opened.weights, dtype)
     weights = {name: value.to(target, wanted[name]) for name, value in opened.weights.items()}
     model.load_state_dict(weights, assign=True)
     model.fingerprint = fingerprint_of(opened.config, opened.weights)
-    return model, _tokenizer(opened.config.vocab_size)
+    return model, opened.tokenizer()
 
 
 def stored_weights(x: str | os.PathLike[str]) -> dict[str, Tensor]:
@@ -156,19 +169,18 @@ def info(
     x: str | os.PathLike[str], *, endpoint: str | None = None, cache_dir: str | os.PathLike[str] | None = None
 ) -> Info:
     """What `load` would load, without reading the weights (an old non-zip .pth has to be read). Errors as in `load`."""
-    opened = _open(resolve(x, endpoint, cache_dir))
-    counts: dict[str, int] = {}
-    for value in opened.stored.values():
-        name = next((short for short, dtype in DTYPES.items() if dtype == value.dtype), str(value.dtype))
-        counts[name] = counts.get(name, 0) + value.numel()
-    state, parameters = opened.config.state_bytes, sum(counts.values())
+    path = resolve(x, endpoint, cache_dir)
+    if path.suffix == packed.ENDING and not path.is_dir():
+        return _packed_info(path)
+    opened = _open(path, numbers=False)
+    state, parameters = opened.config.state_bytes, sum(opened.dtypes.values())
     return Info(
         path=opened.path,
         version=opened.version,
         label=LABELS[opened.version],
         dialect=opened.dialect,
         config=opened.config,
-        dtypes=dict(sorted(counts.items(), key=lambda item: -item[1])),
+        dtypes=dict(sorted(opened.dtypes.items(), key=lambda item: -item[1])),
         parameters=parameters,
         file_bytes=sum(file.stat().st_size for file in storage.files(opened.path)),
         state_bytes=state,
@@ -176,46 +188,80 @@ def info(
     )
 
 
+def _packed_info(path: Path) -> Info:
+    found = packed.summary(path)
+    version = official.version_for(found.config)
+    state, size = found.config.state_bytes, path.stat().st_size
+    numbers = dict(sorted(found.numbers.items(), key=lambda item: -item[1]))
+    memory, dialect = {found.weights: size + state}, f"packed, {found.weights}"
+    label, total = LABELS[version], sum(numbers.values())
+    return Info(path, version, label, dialect, found.config, numbers, total, size, state, memory)
+
+
 def convert(
     source: str | os.PathLike[str],
     target: str | os.PathLike[str],
     *,
     to: str | None = None,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | gguf.Quantised | None = None,
+    weights_format: packed.WeightsFormat | None = None,
+    threads: int = 1,
     endpoint: str | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
 ) -> Path:
     """Write a checkpoint in another form and return where it is.
 
     source  whatever `load` takes
-    target  a name that ends in .pth or .safetensors (official names), or a directory: Hugging Face names,
-            model.safetensors and config.json
+    target  a name that ends in .pth or .safetensors (official names), in .gguf (for llama.cpp; RWKV-5.1 and 5.2 are
+            written as the RWKV-6 that they equal), in .roost (packed for the native model), or a directory: Hugging
+            Face names, model.safetensors, config.json
     to      "finch" turns RWKV-5.1 and 5.2 into RWKV-6 with the same logits; its maa stay fp32 whatever `dtype` says,
             because 1 - mix does not fit 16 bits
-    dtype   None keeps each tensor's
+    dtype   None keeps each tensor's. In .gguf it is that of the matrices, and may be "q8_0" or "q4_0"
+    weights_format  of a .roost file: "fp32", "bf16", "int8", "int4"; None takes it from a name like model.int8.roost
+    threads         that pack a .roost file
 
     Files are replaced only when the new one is complete. Warns when the result has one layer (the rwkv package takes
     such a file for another version). Raises ValueError as `load` does, for another ending, and for what the Hugging
-    Face classes cannot express.
+    Face classes or GGUF cannot express.
     """
     if to not in (None, "finch"):
         raise ValueError(f"to is {to!r}; the only generation to convert to is 'finch'")
-    if dtype is not None and dtype not in DTYPES.values():
-        raise ValueError(f"dtype is {dtype}; it must be one of {', '.join(str(known) for known in DTYPES.values())}")
     path = Path(target)
-    directory = _is_directory(path)
+    if path.suffix == packed.ENDING and not path.is_dir():
+        if dtype is not None:
+            raise ValueError(f"dtype is {dtype}, but a {packed.ENDING} file has weights_format in its place")
+        kind, found = weights_format or packed.format_of(path), resolve(source, endpoint, cache_dir)
+        opened, identity = _open(found), packed.source_of(found)
+        config, weights = opened.config, opened.weights
+        if to == "finch":
+            config, weights = upcycle(config, weights)
+        return packed.pack(weights, config, path, weights_format=kind, source=identity, threads=threads)
+    if weights_format is not None:
+        raise ValueError(f"weights_format is {weights_format!r}, but {path} does not end in {packed.ENDING}")
+    directory, quantised = _is_directory(path), isinstance(dtype, str)
+    for_llama = path.suffix == gguf.ENDING and not directory
+    known = gguf.QUANTISED if quantised else DTYPES.values()
+    if dtype is not None and dtype not in known:
+        raise ValueError(f"dtype is {dtype}; it must be one of {', '.join(str(one) for one in known)}")
+    if quantised and not for_llama:
+        raise ValueError(f"cannot write {dtype} to {path}: only .gguf files hold it")
     opened = _open(resolve(source, endpoint, cache_dir))
     config, weights = opened.config, opened.weights
-    if to == "finch":
+    if to == "finch" or (for_llama and config.generation == "eagle"):
         config, weights = upcycle(config, weights)
-    if dtype is not None:
+    if not isinstance(dtype, str) and dtype is not None and not for_llama:
         weights = {
             name: value if to == "finch" and re.fullmatch(r".*\.time_maa_[xwkvrg]", name) else value.to(dtype)
             for name, value in weights.items()
         }
     weights = official_weights(config, {name: weights[name] for name in RWKV(config, device="meta").state_dict()})
+    if for_llama:
+        kind = dtype if isinstance(dtype, str) else next((name for name, one in DTYPES.items() if one == dtype), None)
+        gguf.save(path, config, weights, opened.tokenizer(), kind)
+        return path
     if directory:
-        _write_huggingface(config, weights, path)
+        huggingface.save(config, weights, path)
     else:
         save_weights(weights, path)
     if config.n_layer == 1 and config.generation != "dove":
@@ -227,60 +273,60 @@ def convert(
     return path
 
 
-def _write_huggingface(config: ModelConfig, weights: dict[str, Tensor], path: Path) -> None:
-    renamed = huggingface.from_official(config, weights)
-    document = json.dumps(huggingface.config_json(config, weights["emb.weight"].dtype), indent=2) + "\n"
-    if path.is_dir():
-        ours = {"model.safetensors", "config.json"}
-        other = sorted(
-            p.name for p in path.iterdir() if p.name not in ours and p.suffix in (*storage.ENDINGS, ".bin", ".json")
-        )
-        if other:
-            raise ValueError(f"{path} already holds {other[0]}: give a new directory, so that two models do not mix")
-    elif not path.parent.is_dir():
-        raise ValueError(f"cannot write {path}: the directory {path.parent} does not exist")
-    path.mkdir(exist_ok=True)
-    save_weights(renamed, path / "model.safetensors")
-    with replacing(path / "config.json") as temporary:
-        temporary.write_text(document, encoding="utf-8")
-
-
 def _is_directory(path: Path) -> bool:
     if path.is_dir():
         return True
     if path.exists() or path.suffix in storage.ENDINGS:
         if path.suffix not in storage.ENDINGS:
-            raise ValueError(f"cannot write {path}: the name must end in .pth or .safetensors, or be a directory")
+            raise ValueError(
+                f"cannot write {path}: the name must end in .pth, .safetensors, .gguf or .roost, or be a directory"
+            )
         return False
     if path.suffix and not path.suffix[1].isdigit():  # "v6-1.6B" is the name of a directory
         raise ValueError(
-            f"cannot write {path}: {path.suffix} is no format that roost writes; use .pth, .safetensors, or a directory"
-            " for Hugging Face names"
+            f"cannot write {path}: {path.suffix} is no format that roost writes; use .pth, .safetensors, .gguf, .roost,"
+            " or a directory for Hugging Face names"
         )
     return True
 
 
-def _open(path: Path) -> _Opened:
+def _open(path: Path, dtype: torch.dtype | None = None, *, numbers: bool = True) -> _Opened:
+    """`dtype` is what quantised tensors become; without `numbers` the tensors of a GGUF file are not read at all."""
     where = str(path)
-    stored = official.strip_prefixes(storage.read(path), where)
-    dialect, weights = "official", stored
-    if huggingface.is_huggingface(stored):
-        dialect, weights = "huggingface", huggingface.to_official(stored)
-    elif fla.is_fla(stored):
-        dialect, weights = "fla", fla.to_official(stored, where)
-    version = official.version_of(weights, where)
+    file = gguf.GGUF(path) if gguf.is_gguf(path) else None
+    if file is not None:
+        dialect, weights, dtypes = "gguf", file.shapes(), file.dtypes()
+    else:
+        stored = official.strip_prefixes(storage.read(path), where)
+        dialect, weights, dtypes = "official", stored, _count(stored)
+        if huggingface.is_huggingface(stored):
+            dialect, weights = "huggingface", huggingface.to_official(stored)
+        elif fla.is_fla(stored):
+            dialect, weights = "fla", fla.to_official(stored, where)
+    version = "6" if file is not None else official.version_of(weights, where)
     config = official.config_of(weights, version, where)
     named, weights = weights, official.upgrade(weights, version, config)
     model = RWKV(config, device="meta")
     expected = model.state_dict()
     official.check(weights, expected, version, where)
+    if file is not None and numbers:  # only now, when every size has been found right
+        named = weights = file.weights(dtype)
     if dialect == "huggingface" and huggingface.looks_rescaled(weights, config.n_layer):
         warnings.warn(
             f"{path}: att.output and ffn.value look halved every 6 layers, as the Hugging Face classes leave them when"
             " a 16-bit model is saved after generating. If so, multiply those of layer l by 2 ** (l // 6)",
             stacklevel=3,
         )
-    return _Opened(path, version, dialect, config, stored, named, {name: weights[name] for name in expected}, model)
+    weights = {name: weights[name] for name in expected}
+    return _Opened(path, version, dialect, config, dtypes, named, weights, model, file)
+
+
+def _count(weights: dict[str, Tensor]) -> dict[str, int]:
+    counts: dict[str, int] = {}
+    for value in weights.values():
+        name = next((short for short, dtype in DTYPES.items() if dtype == value.dtype), str(value.dtype))
+        counts[name] = counts.get(name, 0) + value.numel()
+    return counts
 
 
 def _dtypes(weights: dict[str, Tensor]) -> dict[str, torch.dtype]:
@@ -293,12 +339,6 @@ def _dtypes(weights: dict[str, Tensor]) -> dict[str, torch.dtype]:
             wide = torch.promote_types(main, value.dtype)
             out[name] = torch.float32 if wide == torch.float64 else wide
     return out
-
-
-def _tokenizer(vocab_size: int) -> WorldTokenizer | None:
-    if vocab_size >= 65536:
-        return WorldTokenizer()
-    return WorldTokenizer.byte_level() if vocab_size == 257 else None
 
 
 def _size(count: int) -> str:

@@ -7,6 +7,7 @@ Refuses to know: what the library's parts do; each Python module that uses one d
 from __future__ import annotations
 
 import ctypes
+import sys
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from functools import cache
@@ -16,22 +17,31 @@ from typing import Any
 ISAS = ("scalar", "avx2", "avx512", "amx")
 """Instruction sets from the slowest to the fastest; "scalar" is the compiler's baseline (SSE2, or NEON on Arm)."""
 
+REASON = (
+    "roost was installed without a C++ compiler, or compiling failed; with gcc 12, clang 14 or later, install it again"
+    " (python -m pip install -v shows what the compiler says)"
+)
+
+
+def places() -> list[Path]:
+    """Where the library may be: in the package, which in an editable installation lies in two directories."""
+    return [Path(place) / "_native.so" for place in sys.modules["roost"].__path__]
+
+
+def opened(path: Path) -> tuple[ctypes.CDLL | None, str]:
+    """The library in a file, or None and the reason."""
+    try:
+        found = ctypes.CDLL(str(path))
+        for name in ("roost_error", "roost_isa", "roost_best_isa"):
+            getattr(found, name).restype = ctypes.c_char_p
+    except (OSError, AttributeError) as error:
+        return None, f"{path} cannot be used: {error}"
+    return found, ""
+
 
 @cache
 def _load() -> tuple[ctypes.CDLL | None, str]:
-    import roost
-
-    places = [Path(place) / "_native.so" for place in roost.__path__]
-    found = [path for path in places if path.is_file()]
-    if not found:
-        return None, "the package was installed without a C++ compiler; install one and install roost again"
-    try:
-        library = ctypes.CDLL(str(found[0]))
-    except OSError as error:
-        return None, f"{found[0]} does not load: {error}"
-    for name in ("roost_error", "roost_isa", "roost_best_isa"):
-        getattr(library, name).restype = ctypes.c_char_p
-    return library, ""
+    return next((opened(path) for path in places() if path.is_file()), (None, REASON))
 
 
 def available() -> bool:
@@ -53,8 +63,16 @@ def library() -> ctypes.CDLL:
 
 
 def function(name: str, argtypes: Sequence[Any], restype: Any = ctypes.c_int) -> Any:
-    """The exported function `name` with its argument types declared (ctypes releases the GIL during calls)."""
-    found = getattr(library(), name)
+    """The exported function `name` with its argument types declared (ctypes releases the GIL during calls).
+
+    Raises ValueError when there is no library, or one that was built from other sources.
+    """
+    try:
+        found = getattr(library(), name)
+    except AttributeError as error:
+        raise ValueError(
+            f"the native library has no {name}: it was built from older sources; install roost again"
+        ) from error
     found.argtypes, found.restype = list(argtypes), restype
     return found
 
@@ -81,9 +99,9 @@ def forced_isa(name: str) -> Generator[None, None, None]:
 
     Raises ValueError for an unknown name and for one that this machine lacks.
     """
-    force = function("roost_force_isa", [ctypes.c_char_p])
+    force, before = function("roost_force_isa", [ctypes.c_char_p]), isa()
     check(force(name.encode()))
     try:
         yield
     finally:
-        force(None)
+        check(force(before.encode()))

@@ -1,10 +1,9 @@
 """The World tokenizer: bytes in, ids out, and back.
 
-Owns: greedy longest match over UTF-8 bytes, which loses nothing because every byte has a token of its own, and the law
-that makes it fast and local: two bytes that are adjacent inside no token are a *hard boundary*, and what lies left of
-one is encoded independently of what lies right of it. Text is cut at every hard boundary into short units, and the ids
-of a unit are remembered. Id 0 is the document boundary; it stands for no bytes.
-Refuses to know: models, chat formats, normalisation (text is encoded as it comes), special strings inside text.
+Owns: what text and ids mean. Encoding is the greedy longest match over UTF-8 bytes, which loses nothing because every
+byte has a token of its own; id 0 is the document boundary and stands for no bytes.
+Refuses to know: how the longest match is found (roost.matching in Python, roost.matching_native in C++ where it was
+built: the same ids), models, chat formats, normalisation (text is encoded as it comes), special strings inside text.
 """
 
 from __future__ import annotations
@@ -13,16 +12,19 @@ import codecs
 import difflib
 import hashlib
 import os
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import cached_property
-from itertools import accumulate, chain, pairwise
+from itertools import accumulate, pairwise
 from operator import index
 from pathlib import Path
-from typing import Literal, SupportsIndex, cast, get_args
+from typing import Any, Literal, SupportsIndex, cast, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
+from roost import native
+from roost.matching import PythonMatcher, hard_pairs
+from roost.matching_native import NativeMatcher
 from roost.vocabulary import invert, official, read
 
 Errors = Literal["replace", "strict", "ignore"]
@@ -30,11 +32,6 @@ Errors = Literal["replace", "strict", "ignore"]
 
 _WORLD_SIZE = 65536
 _WORLD_RESERVED = 65530  # the first id of the official vocabulary's unassigned tail
-_WINDOW = 1 << 16  # bytes cut at a time: bounds memory, stays in cache
-_PREFIX = 4  # bytes that decide which lengths can match; 4 makes text in many scripts fastest
-_SHORT = (3, 2, 1)  # lengths below it, always possible
-_UNITS_KEPT = 1 << 16
-_UNIT_LENGTH_KEPT = 32  # longer units are rare and seldom come twice
 
 
 class WorldTokenizer:
@@ -56,7 +53,7 @@ class WorldTokenizer:
         if tokens is None:
             tokens = official()
             vocab_size = _WORLD_SIZE if vocab_size is None else vocab_size
-        ids = invert(tokens)
+        invert(tokens)
         largest = max(tokens)
         self.vocab_size = largest + 1 if vocab_size is None else vocab_size
         """Rows a model needs: one more than the largest id, assigned or reserved."""
@@ -65,8 +62,6 @@ class WorldTokenizer:
         self._tokens = [b""] * self.vocab_size
         for number, token in tokens.items():
             self._tokens[number] = token
-        self._hard = _hard_pairs(ids)
-        self._units = _Units(ids)
 
     @classmethod
     def byte_level(cls) -> WorldTokenizer:
@@ -95,35 +90,38 @@ class WorldTokenizer:
         Raises ValueError for a lone surrogate (naming its index) and for anything but str or bytes.
         """
         data = _utf8(text)
-        ids: list[int] = []
-        start, window = 0, _WINDOW
-        while start < len(data):
-            piece = data[start : start + window]
-            array = np.frombuffer(piece, np.uint8)
-            pairs = array[:-1].astype(np.uint16) << 8 | array[1:]
-            cuts = [0, *(np.flatnonzero(self._hard[pairs]) + 1).tolist()]
-            if start + window >= len(data):
-                cuts.append(len(piece))
-            elif len(cuts) == 1:  # one unit fills the window and may go on behind it
-                window *= 2
-                continue
-            units = [piece[left:right] for left, right in pairwise(cuts)]
-            ids.extend(chain.from_iterable(map(self._units.__getitem__, units)))
-            start += cuts[-1]
-            window = _WINDOW
-        return ids
+        return self._python.encode(data) if self._native is None else self._native.encode(data).tolist()
 
-    def encode_batch(self, texts: Iterable[str | bytes]) -> list[list[int]]:
-        """`encode` of each text. Raises ValueError naming the text that cannot be encoded."""
+    def encode_array(self, text: str | bytes, threads: int = 1) -> NDArray[Any]:
+        """`encode` as an array: (ids,) uint16, or uint32 when vocab_size is larger than 65,536.
+
+        Several threads share a text of more than half a megabyte, cut where no token can cross; the ids are the same.
+        Raises ValueError as `encode`, and for an impossible number of threads.
+        """
+        data = _utf8(text)
+        _check_threads(threads)
+        if self._native is not None:
+            return self._native.encode(data, threads)
+        return np.array(self._python.encode(data), np.uint16 if self.vocab_size <= _WORLD_SIZE else np.uint32)
+
+    def encode_open(self, data: bytes) -> tuple[list[int], int]:
+        """The ids at the beginning of `data` that no continuation can change, and how many bytes they are."""
+        return (self._native or self._python).encode_open(data)
+
+    def encode_batch(self, texts: Iterable[str | bytes], threads: int = 1) -> list[list[int]]:
+        """`encode` of each text, on several threads if wanted. Raises ValueError naming the text that it refuses."""
         if isinstance(texts, (str, bytes)):
             raise ValueError("encode_batch wants several texts; use encode for one")
-        batch: list[list[int]] = []
+        _check_threads(threads)
+        batch: list[bytes] = []
         for number, text in enumerate(texts):
             try:
-                batch.append(self.encode(text))
+                batch.append(_utf8(text))
             except ValueError as error:
                 raise ValueError(f"text {number}: {error}") from error
-        return batch
+        if self._native is None:
+            return list(map(self._python.encode, batch))
+        return [ids.tolist() for ids in self._native.encode_batch(batch, threads)]
 
     def is_boundary(self, left: str | bytes, right: str | bytes) -> bool:
         """True when no token can cross the seam, so that encode(left + right) == encode(left) + encode(right).
@@ -142,17 +140,16 @@ class WorldTokenizer:
 
         Raises ValueError naming position and id when one is negative, >= vocab_size or no integer.
         """
-        return b"".join(map(self._tokens.__getitem__, self._checked(ids)))
+        return self._joined(ids)[0]
 
     def decode(self, ids: Iterable[SupportsIndex], errors: Errors = "replace") -> str:
         """The text of all ids. Raises ValueError as `decode_bytes`, and for invalid UTF-8 when errors="strict"."""
         _check_errors(errors)
-        numbers = self._checked(ids)
-        pieces = [self._tokens[number] for number in numbers]
+        data, numbers = self._joined(ids)
         try:
-            return b"".join(pieces).decode("utf-8", errors)
+            return data.decode("utf-8", errors)
         except UnicodeDecodeError as error:
-            ends = list(accumulate(map(len, pieces)))
+            ends = list(accumulate(len(self._tokens[number]) for number in numbers))
             position = next(i for i, end in enumerate(ends) if end > error.start)
             raise ValueError(
                 f"invalid UTF-8 ({error.reason}) at byte {error.start}, in id {numbers[position]} at position "
@@ -186,10 +183,31 @@ class WorldTokenizer:
         return hash(self.fingerprint)
 
     def __repr__(self) -> str:
-        return f"WorldTokenizer(vocab_size={self.vocab_size}, tokens={len(self._units.ids)})"
+        return f"WorldTokenizer(vocab_size={self.vocab_size}, tokens={sum(map(bool, self._tokens))})"
 
     def __reduce__(self) -> tuple[type[WorldTokenizer], tuple[dict[int, bytes], int]]:
-        return WorldTokenizer, ({number: token for token, number in self._units.ids.items()}, self.vocab_size)
+        return WorldTokenizer, ({number: token for number, token in enumerate(self._tokens) if token}, self.vocab_size)
+
+    @cached_property
+    def _hard(self) -> NDArray[np.bool_]:
+        return hard_pairs([token for token in self._tokens if token])
+
+    @cached_property
+    def _python(self) -> PythonMatcher:
+        return PythonMatcher(self._tokens)
+
+    @cached_property
+    def _native(self) -> NativeMatcher | None:
+        """Built when first needed; None where the native library is missing."""
+        return NativeMatcher(self._tokens) if native.available() else None
+
+    def _joined(self, ids: Iterable[SupportsIndex]) -> tuple[bytes, list[int] | NDArray[Any]]:
+        """The bytes of all ids, and the ids, which are now known to be good."""
+        array = _array(ids)
+        if array is not None and self._native is not None:
+            return self._native.decode(array), array
+        numbers = self._checked(ids)
+        return b"".join(map(self._tokens.__getitem__, numbers)), numbers
 
     def _checked(self, ids: Iterable[SupportsIndex]) -> list[int]:
         """The ids as Python integers, all of them in 0..vocab_size-1."""
@@ -230,49 +248,27 @@ class StreamDecoder:
             self._decoder.reset()  # a strict decoder keeps what it refuses
 
 
-class _Units(dict[bytes, tuple[int, ...]]):
-    """The ids of short units already seen; looking up another one matches it. Bounded: it starts afresh when full."""
+class StreamEncoder:
+    """Encodes one text piece by piece: the ids joined equal `tokenizer.encode(whole)`, wherever it is split.
 
-    def __init__(self, ids: dict[bytes, int]) -> None:
-        super().__init__()
-        self.ids = ids
-        found: dict[bytes, set[int]] = {}
-        for token in ids:
-            if len(token) >= _PREFIX:
-                found.setdefault(token[:_PREFIX], set()).add(len(token))
-        self._lengths = {prefix: (*sorted(lengths, reverse=True), *_SHORT) for prefix, lengths in found.items()}
+    An id is given out as soon as no continuation can change it; at most the bytes of the longest token are held back.
+    """
 
-    def __missing__(self, unit: bytes) -> tuple[int, ...]:
-        matched = tuple(self._match(unit))
-        if len(unit) <= _UNIT_LENGTH_KEPT:
-            if len(self) >= _UNITS_KEPT:
-                self.clear()
-            self[unit] = matched
-        return matched
+    def __init__(self, tokenizer: WorldTokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._pending = b""
 
-    def _match(self, data: bytes) -> list[int]:
-        """Greedy longest match: try the lengths that tokens with these first four bytes have, longest first."""
-        ids, lengths = self.ids, self._lengths
-        matched: list[int] = []
-        start, end = 0, len(data)
-        while start < end:
-            for length in lengths.get(data[start : start + _PREFIX], _SHORT):
-                stop = start + length
-                if stop <= end and (number := ids.get(data[start:stop])) is not None:
-                    matched.append(number)
-                    start = stop
-                    break
-        return matched
+    def push(self, text: str | bytes) -> list[int]:
+        """The ids that `text` completes. Raises ValueError as `encode` does; the stream is then as it was before."""
+        data = self._pending + _utf8(text)
+        ids, used = self._tokenizer.encode_open(data)
+        self._pending = data[used:]
+        return ids
 
-
-def _hard_pairs(tokens: Collection[bytes]) -> NDArray[np.bool_]:
-    """(65536,) indexed by 256 * left + right: True when these bytes are adjacent inside no token."""
-    data = np.frombuffer(b"".join(tokens), np.uint8).astype(np.uint16)
-    inside = np.ones(len(data), np.bool_)
-    inside[np.cumsum([len(token) for token in tokens]) - 1] = False  # the last byte of a token has no right neighbour
-    hard = np.ones(65536, np.bool_)
-    hard[(data[:-1] << 8 | data[1:])[inside[:-1]]] = False
-    return hard
+    def flush(self) -> list[int]:
+        """The ids of what was held back. The encoder is then ready for another stream."""
+        data, self._pending = self._pending, b""
+        return self._tokenizer.encode(data)
 
 
 def _characters(data: bytes, text: str) -> list[int]:
@@ -305,6 +301,23 @@ def _utf8(text: str | bytes) -> bytes:
             f"lone surrogate {text[error.start]!r} at index {error.start} has no UTF-8; "
             "repair the text, or encode bytes, which may be anything"
         ) from error
+
+
+def _array(ids: Iterable[SupportsIndex]) -> NDArray[Any] | None:
+    """A NumPy array of integers or an integer tensor in the processor's memory, as a 1-D array; None for the rest."""
+    view = getattr(ids, "__array__", None) if getattr(ids, "is_cpu", True) else None
+    if view is None or getattr(ids, "requires_grad", False):
+        return None
+    try:
+        array = np.asarray(ids)
+    except TypeError:  # a tensor in a type that NumPy lacks: certainly not integers
+        return None
+    return array if array.ndim == 1 and array.dtype.kind in "iu" and array.dtype != np.uint64 else None
+
+
+def _check_threads(threads: int) -> None:
+    if isinstance(threads, bool) or not isinstance(threads, int) or not 1 <= threads <= 256:  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise ValueError(f"threads is {threads!r}; it must be an integer from 1 to 256")
 
 
 def _check_errors(errors: str) -> None:

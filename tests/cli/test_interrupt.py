@@ -75,3 +75,24 @@ def test_generate_exits_130_and_keeps_what_it_wrote(model: str, tmp_path: Path) 
         finally:
             writer.kill()
     assert (writer.returncode, err) == (130, b"") and state.is_file()
+
+
+IMPORT = """
+import sys
+class Interrupt:
+    def find_spec(self, name, path=None, target=None):
+        if name == "torch":
+            raise KeyboardInterrupt
+sys.meta_path.insert(0, Interrupt())
+sys.argv[0] = sys.argv[1]
+import roost
+"""
+
+
+@pytest.mark.parametrize("program", ["/usr/bin/roost", "roost", "-m", "train.py"])
+def test_ctrl_c_while_torch_loads_is_quiet_in_the_command_line(program: str) -> None:
+    done = subprocess.run([sys.executable, "-c", IMPORT, program], capture_output=True, text=True, check=False)
+    if program == "train.py":  # in a program of the user's it is the user's to catch
+        assert done.returncode != 0 and "KeyboardInterrupt" in done.stderr
+    else:
+        assert (done.returncode, done.stdout, done.stderr) == (130, "", "")

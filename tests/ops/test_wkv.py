@@ -2,85 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import pytest
 import torch
-from torch import Tensor
 
 import roost
-from roost.ops import BACKENDS
-from roost.ops.library import wkv_chunked, wkv_chunked_backward
+from roost.ops.library import wkv_chunked, wkv_chunked_backward, wkv_native, wkv_native_backward
 from roost.ops.reference import wkv_reference
-
-TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 5e-3, torch.float16: 1e-3}
-NAMES = ("out", "state", "dr", "dk", "dv", "dlog_w", "du", "dstate")
-Inputs = list[Tensor]
-
-
-def uniform(low: float, high: float) -> Callable[..., Tensor]:
-    return lambda shape, g: -torch.empty(shape, dtype=torch.float64).uniform_(low, high, generator=g).exp()
-
-
-def constant(value: float) -> Callable[..., Tensor]:
-    return lambda shape, g: torch.full(shape, value, dtype=torch.float64)
-
-
-def resets(depth: float) -> Callable[..., Tensor]:
-    def make(shape: tuple[int, ...], g: torch.Generator) -> Tensor:
-        hit = torch.rand(shape, generator=g, dtype=torch.float64) < 0.05
-        return torch.where(hit, depth, -0.01).double()
-
-    return make
-
-
-REGIMES = {
-    "U(-6,-1)": uniform(-6, -1),
-    "U(-8,2)": uniform(-8, 2),
-    "U(-10,5)": uniform(-10, 5),
-    "5 % at -1e4": resets(-1e4),
-    "5 % at -inf": resets(-torch.inf),
-    "all -1e-6": constant(-1e-6),
-    "all -30": constant(-30.0),
-    "w = 1": constant(0.0),
-    "w = 0": constant(-torch.inf),
-    "w = 1e-10": constant(-23.02585),
-}
-
-
-def inputs(
-    T: int, B: int = 2, H: int = 2, K: int = 8, V: int = 8, *, log_w=None, static=False, rows=None, seed=0
-) -> Inputs:
-    g = torch.Generator().manual_seed(seed)
-    normal = lambda *s: torch.randn(s, generator=g, dtype=torch.float64)  # noqa: E731
-    w = (log_w or uniform(-8, 2))((H, K) if static else (B, T, H, K), g)
-    return [normal(B, T, H, K), normal(B, T, H, K), normal(B, T, H, V), w, normal(H, K), normal(rows or B, H, K, V)]
-
-
-def cast(x: Inputs, dtype: torch.dtype) -> Inputs:
-    """r, k, v in dtype; the rest in fp32 (fp64 for fp64), as the contract asks."""
-    precise = torch.float64 if dtype == torch.float64 else torch.float32
-    return [t.to(dtype) for t in x[:3]] + [t.to(precise) for t in x[3:]]
-
-
-def run(x: Inputs, backend: str, seed: int = 1, **options: object) -> list[Tensor]:
-    """out, state and the six gradients, with a gradient on both results."""
-    leaves = [t.detach().clone().requires_grad_() for t in x]
-    with roost.wkv_backend(backend):
-        out, state = roost.wkv(*leaves, **options)
-    g = torch.Generator().manual_seed(seed)
-    cotangents = [torch.randn(t.shape, generator=g, dtype=torch.float64).to(t.dtype) for t in (out, state)]
-    gradients = torch.autograd.grad((out, state), leaves, cotangents, allow_unused=True)
-    pairs = zip(gradients, leaves, strict=True)
-    return [out.detach(), state.detach(), *(torch.zeros_like(t) if d is None else d for d, t in pairs)]
-
-
-def close(got: list[Tensor], exact: list[Tensor], tolerance: float) -> None:
-    for name, a, b in zip(NAMES, got, exact, strict=True):
-        assert a.shape == b.shape, name
-        assert torch.isfinite(a).all(), name
-        error, size = (a.double() - b.double()).norm(), b.double().norm()
-        assert error <= tolerance * size + 1e-30, f"{name}: {error / size:.1e}"
+from wkv_cases import CASES, FAST, REGIMES, TOLERANCE, cast, close, constant, exact, inputs, needs_native, run
 
 
 def test_reference_is_the_written_out_sum() -> None:
@@ -104,7 +32,7 @@ def test_reference_is_the_written_out_sum() -> None:
 
 
 @pytest.mark.parametrize("static", [False, True])
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ["reference", "chunked"])
 @pytest.mark.parametrize("T", [0, 1, 5, 8])
 def test_gradcheck(T: int, backend: str, static: bool) -> None:
     x = [t.requires_grad_() for t in inputs(T, K=3, V=4, static=static)]
@@ -115,27 +43,39 @@ def test_gradcheck(T: int, backend: str, static: bool) -> None:
 @pytest.mark.parametrize("static", [False, True])
 @pytest.mark.parametrize("regime", REGIMES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_every_regime(dtype: torch.dtype, regime: str, static: bool) -> None:
-    """fp32 and fp64 within their bound of the fp64 recurrence: output, state and every gradient."""
+@pytest.mark.parametrize("backend", FAST)
+def test_every_regime(backend: str, dtype: torch.dtype, regime: str, static: bool) -> None:
+    """fp32 and fp64 within their bound of the fp64 recurrence: output, state and every gradient, dx of exp(x) too."""
+    if backend == "native" and dtype == torch.float64:
+        pytest.skip("native computes in fp32")
     x = cast(inputs(300, B=1, K=32, V=32, log_w=REGIMES[regime], static=static), dtype)
-    close(run(x, "chunked"), run([t.double() for t in x], "reference"), TOLERANCE[dtype])
+    got, true = run(x, backend), exact(x)
+    close(got, true, TOLERANCE[dtype])
+    if x[3].isfinite().all():
+        a, b = got[5].double() * x[3].double(), true[5] * x[3].double()
+        assert (a - b).norm() <= TOLERANCE[dtype] * b.norm() + 1e-30
 
 
+@pytest.mark.parametrize("static", [False, True])
+@pytest.mark.parametrize("backend", FAST)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision(dtype: torch.dtype) -> None:
-    x = cast(inputs(130, B=1, K=32, V=32), dtype)
-    got = run(x, "chunked")
+def test_half_precision(dtype: torch.dtype, backend: str, static: bool) -> None:
+    if backend == "native" and dtype == torch.float16:
+        pytest.skip("native takes fp32 and bf16")
+    x = cast(inputs(130, B=1, K=32, V=32, static=static), dtype)
+    got = run(x, backend)
     assert got[0].dtype == dtype and got[1].dtype == torch.float32
     assert [t.dtype for t in got[2:]] == [dtype] * 3 + [torch.float32] * 3
-    close(got, run([t.double() for t in x], "reference"), TOLERANCE[dtype])
+    close(got, exact(x), TOLERANCE[dtype])
 
 
+@pytest.mark.parametrize("backend", FAST)
 @pytest.mark.parametrize("T", [1, 70])
 @pytest.mark.parametrize("grad", [True, False])
-def test_autocast_changes_nothing(grad: bool, T: int) -> None:
+def test_autocast_changes_nothing(grad: bool, T: int, backend: str) -> None:
     """The model may compute its matrices in bf16; the recurrence and its state stay in fp32."""
-    x = [t.requires_grad_(grad) for t in cast(inputs(T, K=16, V=16), torch.float32)]
-    with torch.set_grad_enabled(grad):
+    x = [t.requires_grad_(grad) for t in cast(inputs(T, K=32, V=32), torch.float32)]
+    with torch.set_grad_enabled(grad), roost.wkv_backend(backend):
         plain = roost.wkv(*x)
         with torch.autocast("cpu", torch.bfloat16):
             inside = roost.wkv(*x)
@@ -154,27 +94,41 @@ def test_every_shape(T: int, B: int, H: int, K: int, V: int) -> None:
     close(run(x, "chunked"), run(x, "reference"), TOLERANCE[torch.float64])
 
 
+@needs_native
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("static", [False, True])
+@pytest.mark.parametrize("T", [0, 1, 2, 3, 4, 5, 15, 16, 17, 63, 64, 65, 130, 300])
+@pytest.mark.parametrize("B,H,N", [(1, 1, 32), (0, 2, 64), (2, 3, 64), (3, 1, 128)])
+def test_every_shape_natively(B: int, H: int, N: int, T: int, static: bool, dtype: torch.dtype) -> None:
+    x = cast(inputs(T, B, H, N, N, static=static), dtype)
+    close(run(x, "native"), exact(x), TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("backend", FAST)
 @pytest.mark.parametrize("scale", [1e3, 1e-3])
-def test_scaled_inputs(scale: float) -> None:
-    x = cast(inputs(100, K=16, V=16), torch.float32)
+def test_scaled_inputs(scale: float, backend: str) -> None:
+    x = cast(inputs(100, K=32, V=32), torch.float32)
     x = [t * scale for t in x[:3]] + x[3:]
-    close(run(x, "chunked"), run([t.double() for t in x], "reference"), TOLERANCE[torch.float32])
+    close(run(x, backend), exact(x), TOLERANCE[torch.float32])
 
 
-def test_no_drift_under_slow_decay() -> None:
-    """T = 8192 at log_w = -1e-4, where a scan that multiplies by fp32 w is wrong by 8e-5."""
-    x = cast(inputs(8192, B=1, H=1, K=16, V=16, log_w=constant(-1e-4)), torch.float32)
-    with torch.no_grad():
-        exact = roost.wkv(*[t.double() for t in x])[1]
+@pytest.mark.parametrize("backend", FAST)
+@pytest.mark.parametrize("decay", [-1e-4, -1e-6])
+def test_no_drift_under_slow_decay(decay: float, backend: str) -> None:
+    """T = 8192, where a scan that multiplies by fp32 w is wrong by 8e-5."""
+    x = cast(inputs(8192, B=1, H=1, K=32, V=32, log_w=constant(decay)), torch.float32)
+    with torch.no_grad(), roost.wkv_backend(backend):
         state = roost.wkv(*x)[1]
-    assert (state.double() - exact).norm() <= 5e-6 * exact.norm()
+    with torch.no_grad(), roost.wkv_backend("reference"):
+        true = roost.wkv(*[t.double() for t in x])[1]
+    assert (state.double() - true).norm() <= 5e-6 * true.norm()
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend,dtype,N", CASES)
 @pytest.mark.parametrize("cut", [0, 1, 31, 32, 50, 69, 70])
-def test_split_anywhere(cut: int, backend: str) -> None:
+def test_split_anywhere(cut: int, backend: str, dtype: torch.dtype, N: int) -> None:
     """Two calls with the state between them equal one call, and so do their gradients."""
-    x = inputs(70)
+    x = cast(inputs(70, K=N, V=N), dtype)
     whole = run(x, backend)
     leaves = [t.detach().clone().requires_grad_() for t in x]
     r, k, v, log_w, u, state = leaves
@@ -183,27 +137,28 @@ def test_split_anywhere(cut: int, backend: str) -> None:
         second, last = roost.wkv(r[:, cut:], k[:, cut:], v[:, cut:], log_w[:, cut:], u, middle)
     out = torch.cat([first, second], 1)
     g = torch.Generator().manual_seed(1)
-    cotangents = [torch.randn(t.shape, generator=g, dtype=torch.float64) for t in (out, last)]
-    close([out, last, *torch.autograd.grad((out, last), leaves, cotangents)], whole, 1e-12)
+    cotangents = [torch.randn(t.shape, generator=g, dtype=torch.float64).to(t.dtype) for t in (out, last)]
+    close([out, last, *torch.autograd.grad((out, last), leaves, cotangents)], whole, TOLERANCE[dtype])
 
 
-def test_eagle_is_finch_with_the_decay_repeated() -> None:
-    x = inputs(70, static=True)
-    expanded = [*x[:3], x[3].expand(2, 70, 2, 8).contiguous(), *x[4:]]
-    static, per_token = run(x, "chunked"), run(expanded, "chunked")
+@pytest.mark.parametrize("backend,dtype,N", CASES)
+def test_eagle_is_finch_with_the_decay_repeated(backend: str, dtype: torch.dtype, N: int) -> None:
+    x = cast(inputs(70, K=N, V=N, static=True), dtype)
+    expanded = [*x[:3], x[3].expand(2, 70, 2, N), *x[4:]]
+    static, per_token = run(x, backend), run(expanded, backend)
     per_token[5] = per_token[5].sum((0, 1))
-    close(static, per_token, 1e-12)
+    close(static, per_token, TOLERANCE[dtype])
 
 
 @pytest.mark.parametrize("static", [False, True])
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("bounds", [[0, 40], [0, 0, 1, 33, 33, 40], [0, 8, 16, 40], [0, 40, 40]])
-def test_packed_documents(bounds: list[int], backend: str, static: bool) -> None:
+@pytest.mark.parametrize("backend,dtype,N", CASES)
+@pytest.mark.parametrize("bounds", [[0, 40], [0, 0, 1, 33, 33, 40], [0, 8, 16, 40], [0, 40, 40], [0, 130, 131, 300]])
+def test_packed_documents(bounds: list[int], backend: str, dtype: torch.dtype, N: int, static: bool) -> None:
     """cu_seqlens equals a loop over the documents: outputs, states and every gradient."""
-    n = len(bounds) - 1
-    x = inputs(40, B=1, rows=n, static=static)
+    n, T = len(bounds) - 1, bounds[-1]
+    x = cast(inputs(T, B=1, K=N, V=N, rows=n, static=static), dtype)
     packed = run(x, backend, cu_seqlens=torch.tensor(bounds))
-    leaves = [t.detach().clone().requires_grad_() for t in x]
+    leaves = [t.detach().double().requires_grad_() for t in x]
     r, k, v, log_w, u, state = leaves
     outs, states = [], []
     for d in range(n):
@@ -215,13 +170,17 @@ def test_packed_documents(bounds: list[int], backend: str, static: bool) -> None
     results = torch.cat(outs, 1), torch.cat(states)
     g = torch.Generator().manual_seed(1)
     cotangents = [torch.randn(t.shape, generator=g, dtype=torch.float64) for t in results]
-    close(packed, [*results, *torch.autograd.grad(results, leaves, cotangents)], 1e-12)
+    cotangents[0] = cotangents[0].to(dtype).double()
+    cotangents[1] = cotangents[1].to(packed[1].dtype).double()
+    close(packed, [*results, *torch.autograd.grad(results, leaves, cotangents)], TOLERANCE[dtype])
 
 
-def test_no_documents_at_all() -> None:
-    x = inputs(0, B=1)
-    out, state = roost.wkv(*x[:5], torch.empty(0, 2, 8, 8, dtype=torch.float64), cu_seqlens=[0])
-    assert out.shape == (1, 0, 2, 8) and state.shape == (0, 2, 8, 8)
+@pytest.mark.parametrize("backend,dtype,N", CASES)
+def test_no_documents_at_all(backend: str, dtype: torch.dtype, N: int) -> None:
+    x = cast(inputs(0, B=1, K=N, V=N), dtype)
+    with roost.wkv_backend(backend):
+        out, state = roost.wkv(*x[:5], x[5][:0], cu_seqlens=[0])
+    assert out.shape == (1, 0, 2, N) and state.shape == (0, 2, N, N)
 
 
 def test_a_separator_token_resets_outputs() -> None:
@@ -235,24 +194,30 @@ def test_a_separator_token_resets_outputs() -> None:
     assert (out[:, 21:] - alone).abs().max() <= 1e-12 * alone.abs().max()
 
 
-def test_strides_and_aliasing() -> None:
+@pytest.mark.parametrize("backend,dtype,N", CASES)
+def test_strides_and_aliasing(backend: str, dtype: torch.dtype, N: int) -> None:
     """Any strides give the same result; inputs stay as they were; the returned state is new, also at T = 0."""
-    x = inputs(33)
+    x = cast(inputs(33, K=N, V=N), dtype)
     odd = [torch.stack([t, t], -2)[..., 0, :] if t.dim() == 4 else t for t in x[:4]] + x[4:]
     assert not odd[0].is_contiguous()
+    apart = [torch.stack([t, t], -1)[..., 0] for t in x]  # the last dimension is not contiguous
     before = [t.clone() for t in odd]
-    for a, b in zip(roost.wkv(*odd), roost.wkv(*x), strict=True):
+    with roost.wkv_backend(backend):
+        plain = roost.wkv(*x)
+        for other in (odd, apart):
+            assert all(torch.equal(a, b) for a, b in zip(roost.wkv(*other), plain, strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(odd, before, strict=True))
+        for T in (0, 1, 2):
+            some = [t[:, :T] if t.dim() == 4 and i < 4 else t for i, t in enumerate(x)]
+            assert roost.wkv(*some)[1].untyped_storage().data_ptr() != x[5].untyped_storage().data_ptr()
+    for a, b in zip(run(odd, backend), run(x, backend), strict=True):
         assert torch.equal(a, b)
-    assert all(torch.equal(a, b) for a, b in zip(odd, before, strict=True))
-    for backend in BACKENDS:
-        with roost.wkv_backend(backend):
-            empty = inputs(0)
-            assert roost.wkv(*empty)[1].untyped_storage().data_ptr() != empty[5].untyped_storage().data_ptr()
 
 
-def test_two_runs_and_any_batch_are_the_same() -> None:
+@pytest.mark.parametrize("backend", FAST)
+def test_two_runs_are_the_same(backend: str) -> None:
     x = cast(inputs(77, B=3, K=32, V=32), torch.float32)
-    first, again = run(x, "chunked"), run(x, "chunked")
+    first, again = run(x, backend), run(x, backend)
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
 
 
@@ -272,15 +237,30 @@ def test_registered_with_torch_library(T: int) -> None:
     torch.library.opcheck(wkv_chunked_backward, (torch.ones_like(d[2]), torch.ones_like(d[5]), *d, None))
 
 
+@needs_native
+@pytest.mark.parametrize("T", [1, 20, 70])
 @pytest.mark.usefixtures("unchecked")
-def test_compiles_without_a_graph_break() -> None:
-    x = inputs(20)
-    compiled = torch.compile(lambda *a: roost.wkv(*a), fullgraph=True, backend="aot_eager")
-    leaves = [t.clone().requires_grad_() for t in x]
-    out, state = compiled(*leaves)
-    gradients = torch.autograd.grad(out.sum() + state.sum(), leaves)
-    plain = [t.clone().requires_grad_() for t in x]
-    out, state = roost.wkv(*plain)
+def test_native_registered_with_torch_library(T: int) -> None:
+    x = [t.requires_grad_() for t in cast(inputs(T, K=32, V=32), torch.float32)]
+    torch.library.opcheck(wkv_native, (*x, None, True))
+    packed = [t.requires_grad_() for t in cast(inputs(T, B=1, K=32, V=32, rows=2), torch.float32)]
+    torch.library.opcheck(wkv_native, (*packed, [0, 0, T], True))
+    d = [t.detach() for t in x]
+    saved = wkv_native(*d, None, True)[2]
+    torch.library.opcheck(wkv_native_backward, (torch.ones_like(d[2]), torch.ones_like(d[5]), saved, *d, None))
+
+
+@pytest.mark.parametrize("backend,dtype,N", CASES[1:])
+@pytest.mark.usefixtures("unchecked")
+def test_compiles_without_a_graph_break(backend: str, dtype: torch.dtype, N: int) -> None:
+    x = cast(inputs(70, K=N, V=N), dtype)
+    with roost.wkv_backend(backend):
+        compiled = torch.compile(lambda *a: roost.wkv(*a), fullgraph=True, backend="aot_eager")
+        leaves = [t.clone().requires_grad_() for t in x]
+        out, state = compiled(*leaves)
+        gradients = torch.autograd.grad(out.sum() + state.sum(), leaves)
+        plain = [t.clone().requires_grad_() for t in x]
+        out, state = roost.wkv(*plain)
     for a, b in zip(gradients, torch.autograd.grad(out.sum() + state.sum(), plain), strict=True):
         assert torch.allclose(a, b, rtol=1e-12)
 
@@ -295,20 +275,24 @@ def test_saves_its_inputs_only() -> None:
 
 
 @pytest.mark.usefixtures("unchecked")
-def test_packed_documents_compile_too() -> None:
-    x = inputs(20, B=1, rows=2)
-    plain = roost.wkv(*x, cu_seqlens=[0, 7, 20])
-    compiled = torch.compile(lambda *a: roost.wkv(*a, cu_seqlens=[0, 7, 20]), fullgraph=True, backend="aot_eager")(*x)
+@pytest.mark.parametrize("backend,dtype,N", CASES[1:])
+def test_packed_documents_compile_too(backend: str, dtype: torch.dtype, N: int) -> None:
+    x = cast(inputs(20, B=1, K=N, V=N, rows=2), dtype)
+    call = lambda *a: roost.wkv(*a, cu_seqlens=[0, 7, 20])  # noqa: E731
+    with roost.wkv_backend(backend):
+        plain, compiled = call(*x), torch.compile(call, fullgraph=True, backend="aot_eager")(*x)
     assert all(torch.equal(a, b) for a, b in zip(plain, compiled, strict=True))
 
 
-def test_checkpointing_gives_the_same_gradients() -> None:
+@pytest.mark.parametrize("backend,dtype,N", CASES)
+def test_checkpointing_gives_the_same_gradients(backend: str, dtype: torch.dtype, N: int) -> None:
     from torch.utils.checkpoint import checkpoint
 
-    x, plain = ([t.clone().requires_grad_() for t in inputs(40)] for _ in range(2))
-    out, state = checkpoint(roost.wkv, *x, use_reentrant=False)
-    expected, expected_state = roost.wkv(*plain)
-    a = torch.autograd.grad(out.sum() + state.sum(), x)
+    x, plain = ([t.clone().requires_grad_() for t in cast(inputs(130, K=N, V=N), dtype)] for _ in range(2))
+    with roost.wkv_backend(backend):
+        out, state = checkpoint(roost.wkv, *x, use_reentrant=False)
+        a = torch.autograd.grad(out.sum() + state.sum(), x)
+        expected, expected_state = roost.wkv(*plain)
     b = torch.autograd.grad(expected.sum() + expected_state.sum(), plain)
     assert all(torch.equal(p, q) for p, q in zip(a, b, strict=True))
 

@@ -205,14 +205,19 @@ def _chat(parser: argparse.ArgumentParser) -> None:
 
 
 def _info(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", metavar="FILE", help="a checkpoint, a directory, a hub name, or nestling")
+    what = "a checkpoint, a directory, a hub name, or nestling; without one: this installation and its backends"
+    parser.add_argument("model", metavar="FILE", nargs="?", help=what)
 
 
 def _convert(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", metavar="SOURCE", help="a checkpoint, a directory or a hub name")
-    parser.add_argument("target", metavar="TARGET", help="a name ending in .pth or .safetensors, or a directory")
+    parser.add_argument("target", metavar="TARGET", help="NAME.pth, .safetensors, .gguf, .int8.roost, or a directory")
     parser.add_argument("--to", choices=("finch",), help="RWKV-5.1 and 5.2 become RWKV-6, with the same logits")
-    parser.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), help="default: each tensor's own")
+    kinds = ("fp32", "bf16", "fp16", "q8_0", "q4_0")
+    parser.add_argument("--dtype", choices=kinds, help="default: each tensor's own; q8_0 and q4_0 for .gguf only")
+    formats = ("fp32", "bf16", "int8", "int4")
+    parser.add_argument("--weights", choices=formats, help="of a .roost file; default: as in NAME.int8.roost")
+    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, metavar="N", help="that pack a .roost file")
 
 
 def _verify(parser: argparse.ArgumentParser) -> None:
@@ -245,7 +250,7 @@ VERBS = {
     "chat": Verb("talk with a model", _chat, verbs.chat),
     "generate": Verb("write on from a prompt", _generate, verbs.generate),
     "read": Verb("read a file of any length into a state of constant size", _read, verbs.read),
-    "info": Verb("generation, sizes, dtype and memory of a checkpoint, without loading it", _info, verbs.info),
+    "info": Verb("what a checkpoint is, without loading it; alone: which backends are active", _info, verbs.info),
     "convert": Verb("write a checkpoint in another form", _convert, verbs.convert),
     "verify": Verb("compare a checkpoint's logits, layer by layer, with the NumPy oracle", _verify, verbs.verify),
     "prepare": Verb("turn text into the tokens that training reads", _prepare, verbs.prepare),

@@ -149,14 +149,34 @@ def chat(args: argparse.Namespace) -> int:
 
 
 def info(args: argparse.Namespace) -> int:
-    """What a checkpoint is."""
+    """What a checkpoint is; without one, what this installation is and which backends are active."""
     from roost.checkpoint import info as look
 
-    lines = look(args.model).lines()
+    lines = _installation() if args.model is None else look(args.model).lines()
     width = max(len(what) for what, _ in lines)
     for what, value in lines:
         print(f"{what:<{width}}  {value}")
     return 0
+
+
+def _installation() -> list[tuple[str, str]]:
+    import platform
+
+    import torch
+
+    from roost import __version__, native
+    from roost.backends import backends
+
+    lines = [("roost", f"{__version__}, torch {torch.__version__}, Python {platform.python_version()}")]
+    sets = f"{native.isa()} (of {', '.join(native.supported_isas())})" if native.available() else "none"
+    lines.append(("native library", sets))
+    before = ""
+    for one in backends():
+        status = "active" if one.active else "not active"
+        lines.append(("" if one.part == before else one.part, f"{one.name:<9}  {status:<10}  {one.note}".rstrip()))
+        before = one.part
+    reasons = {one.why_not for one in backends() if not one.active}
+    return [*lines, *(("why not", reason) for reason in sorted(reasons))]
 
 
 def convert(args: argparse.Namespace) -> int:
@@ -164,7 +184,9 @@ def convert(args: argparse.Namespace) -> int:
     from roost.checkpoint import DTYPES
     from roost.checkpoint import convert as write
 
-    print(f"wrote {write(args.source, args.target, to=args.to, dtype=DTYPES[args.dtype] if args.dtype else None)}")
+    packing: dict[str, Any] = {"weights_format": args.weights, "threads": args.threads}
+    dtype = DTYPES.get(args.dtype, args.dtype)
+    print(f"wrote {write(args.source, args.target, to=args.to, dtype=dtype, **packing)}")
     return 0
 
 

@@ -10,6 +10,9 @@ import json
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
+
+from numpy.typing import NDArray
 
 from roost.data.binidx import write_tokens
 from roost.tokenizer import WorldTokenizer
@@ -46,12 +49,12 @@ def prepare(
     """
     count = 0
 
-    def ids() -> Iterator[list[int]]:
+    def ids() -> Iterator[NDArray[Any]]:
         nonlocal count
         for path in paths:
             for document in documents(path):
                 count += 1
-                yield tokenizer.encode(document)
+                yield tokenizer.encode_array(document)
         if not count:
             raise ValueError("there are no documents to write")
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from roost.formats.storage import ENDINGS, choose
 
 _ID = re.compile(
-    r"(?P<repo>[\w-][\w.-]*/[\w-][\w.-]*)(@(?P<revision>\w[\w./-]*?))?(/(?P<file>[^/@]+\.(pth|safetensors)))?"
+    r"(?P<repo>[\w-][\w.-]*/[\w-][\w.-]*)(@(?P<revision>\w[\w./-]*?))?(/(?P<file>[^/@]+\.(pth|safetensors|gguf)))?"
 )
 
 

@@ -5,22 +5,27 @@
     rwkv.blocks.L.attention, feed_forward blocks.L.att, ffn
     time_mix_key, _value, ..              time_mix_k, _v, ..          (4 and 5; the names of 6 are the official ones)
 
-Owns: this renaming in both directions, the config.json that goes with it, what that cannot express, and the check for
-weights that were saved after the halving those classes do in place.
-Refuses to know: files, and how official weights are checked.
+Owns: this renaming in both directions, the directory that is written, its config.json, what that cannot express, and
+the check for weights that were saved after the halving those classes do in place.
+Refuses to know: how official weights are checked.
 """
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from statistics import median
 
 import torch
 from torch import Tensor
 
 from roost.config import ModelConfig
+from roost.files import replacing
+from roost.formats import storage
+from roost.models.rwkv import save_weights
 
 RESCALE_EVERY = 6
 _MIX = {"key": "k", "value": "v", "receptance": "r", "gate": "g"}
@@ -125,3 +130,25 @@ def looks_rescaled(weights: Mapping[str, Tensor], n_layer: int) -> bool:
             step = 0.5 * math.log2(sizes[layer - 1] / sizes[layer])
             steps[layer % RESCALE_EVERY == 0].append(step)
     return min(steps[True]) > 0.5 and max(steps[True]) < 1.5 and abs(median(steps[False])) < 0.25
+
+
+def save(config: ModelConfig, weights: Mapping[str, Tensor], path: Path) -> None:
+    """Write official weights as a directory: Hugging Face names in model.safetensors, and config.json.
+
+    Raises ValueError when the directory cannot be made or already holds another model.
+    """
+    renamed = from_official(config, weights)
+    document = json.dumps(config_json(config, weights["emb.weight"].dtype), indent=2) + "\n"
+    if path.is_dir():
+        ours = {"model.safetensors", "config.json"}
+        other = sorted(
+            p.name for p in path.iterdir() if p.name not in ours and p.suffix in (*storage.ENDINGS, ".bin", ".json")
+        )
+        if other:
+            raise ValueError(f"{path} already holds {other[0]}: give a new directory, so that two models do not mix")
+    elif not path.parent.is_dir():
+        raise ValueError(f"cannot write {path}: the directory {path.parent} does not exist")
+    path.mkdir(exist_ok=True)
+    save_weights(renamed, path / "model.safetensors")
+    with replacing(path / "config.json") as temporary:
+        temporary.write_text(document, encoding="utf-8")

@@ -37,7 +37,7 @@ def resolve(x: str | os.PathLike[str], endpoint: str | None, cache_dir: str | os
         return asset
     if is_hub_id(name):
         return download(name, endpoint=endpoint, cache_dir=cache_dir)
-    if name.endswith((*ENDINGS, ".bin", ".gguf")) or "/" in name or path.is_absolute():
+    if name.endswith((*ENDINGS, ".bin")) or "/" in name or path.is_absolute():
         near = _nearest_file(path)
         raise ValueError(f"no such file: {name}" + (f"; did you mean {near}?" if near else ""))
     if name in PRESETS:

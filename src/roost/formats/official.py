@@ -80,6 +80,13 @@ def version_of(weights: Mapping[str, Tensor], where: str = "the checkpoint") -> 
     return "5.1" if decays and all(_per_head(value) for value in decays) else "5.2"
 
 
+def version_for(config: ModelConfig) -> Version:
+    """The version that a network of these sizes runs as; 5.1 runs as 5.2."""
+    if config.generation == "eagle":
+        return "5.2" if config.gate else "5.0"
+    return "4" if config.generation == "dove" else "6"
+
+
 def config_of(weights: Mapping[str, Tensor], version: Version, where: str = "the checkpoint") -> ModelConfig:
     """Every size, from shapes alone. Raises ValueError when a tensor that decides a size is missing or impossible."""
     embedding = weights.get("emb.weight")

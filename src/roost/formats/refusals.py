@@ -11,7 +11,7 @@ from collections.abc import Collection
 from pathlib import Path
 
 _MAGICS: tuple[tuple[bytes, str], ...] = (
-    (b"GGUF", "a GGUF file (llama.cpp); load the .pth or Hugging Face original instead"),
+    (b"GGUF", "a GGUF file under another name; give it the ending .gguf and load it by its own path"),
     (b"fmgg", "an rwkv.cpp file; load the .pth that it was converted from"),
     (b"lmgg", "a GGML file (rwkv.cpp, llama.cpp); load the .pth that it was converted from"),
     (b"tjgg", "a GGML file (llama.cpp); load the .pth that it was converted from"),

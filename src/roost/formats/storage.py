@@ -18,7 +18,8 @@ from torch import Tensor
 
 from roost.formats.refusals import refuse_keys, refuse_magic
 
-ENDINGS = (".pth", ".safetensors")
+ENDINGS = (".pth", ".safetensors", ".gguf")
+"""Of single files that hold a model."""
 _SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})(?P<ending>\.safetensors|\.bin)")
 _INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 
@@ -107,7 +108,7 @@ def choose(names: Sequence[str], place: str) -> list[str]:
 
 
 def _is_weights(name: str) -> bool:
-    return name.endswith((*ENDINGS, ".bin"))
+    return name.endswith((".pth", ".safetensors", ".bin"))
 
 
 def _indexed(index: Path) -> list[str]:

@@ -11,12 +11,14 @@ from __future__ import annotations
 import ctypes
 import weakref
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int
+from numpy.typing import NDArray
 from torch import Tensor
 
 from roost import native
@@ -30,17 +32,22 @@ MOST_THREADS = 256
 """Of one call; src/native/pool.h."""
 
 
-class PackedTensor(NamedTuple):
+KINDS = ("f32", "w16", "bf16", "i8", "i8 fine", "i4")
+"""Formats of a packed matrix; the index is the native library's number (layouts: src/native/pack.cpp)."""
+
+
+@dataclass(frozen=True)
+class PackedTensor:
     """One tensor as the native library reads it.
 
-    format  -1 for a vector in fp32; else a matrix format (docs/native.md); of the embedding 0 (fp32) or 2 (bf16)
+    kind    one of KINDS, or "vector" (fp32), or the rows of the embedding: "rows32" (fp32), "rows16" (bf16 bits)
     shape   (outputs, inputs) of a matrix y = W x, (V, D) of the embedding, or that of the vector
-    data    the bytes, C-contiguous; often a view of a memory-mapped file
+    data    the numbers, C-contiguous; usually a view of a memory-mapped file
     """
 
-    format: int
+    kind: str
     shape: tuple[int, ...]
-    data: np.ndarray[Any, Any]
+    data: NDArray[Any]
 
 
 class NativeModel:
@@ -51,6 +58,7 @@ class NativeModel:
     fingerprint  of the weights before they were packed, so states can be told apart
     weights      the name of the format: "fp32", "bf16", "int8" or "int4"
     threads      of the native pool; results do not depend on it
+    skip_zeros   read no weights of `ffn.value` for inputs that are exactly zero, in decoding; results do not depend on it
 
     Raises ValueError for missing or misshapen tensors, and without the native library.
     """
@@ -66,14 +74,15 @@ class NativeModel:
         fingerprint: str = "",
         weights: str = "",
         threads: int | None = None,
+        skip_zeros: bool = True,
     ) -> None:
         if config.generation == "dove":
             raise ValueError("the native model runs Eagle and Finch; load Dove with backend='torch'")
         self.config, self.fingerprint, self.weights = config, fingerprint, weights
         self.threads = torch.get_num_threads() if threads is None else whole("threads", threads, 1, MOST_THREADS)
-        self.isa = native.isa()
+        self.isa, self._skip_zeros = native.isa(), skip_zeros
         self._time_state = [
-            torch.from_numpy(np.array(tensor.data, np.float32).reshape(tensor.shape))
+            torch.from_numpy(np.array(tensor.data).reshape(config.n_head, config.head_size, config.head_size))
             for name, tensor in tensors.items()
             if name.endswith("att.time_state")
         ]
@@ -84,23 +93,23 @@ class NativeModel:
     def _build(self) -> ctypes.c_void_p:
         c = self.config
         sizes = (c.generation == "finch", c.gate, c.n_layer, c.n_embd, c.dim_att, c.dim_ffn, c.vocab_size, c.head_size)
-        numbers = (ctypes.c_long * 10)(*(int(n) for n in sizes), c.shift_rank, c.decay_rank)
+        numbers = (ctypes.c_long * 11)(*(int(n) for n in sizes), c.shift_rank, c.decay_rank, self._skip_zeros)
         new = native.function("roost_model_new", [ctypes.c_void_p, ctypes.c_float], ctypes.c_void_p)
         handle = ctypes.c_void_p(new(numbers, c.group_norm_eps))
         native.check(0 if handle.value else -1)
         weakref.finalize(self, native.function("roost_model_free", [ctypes.c_void_p], None), handle)
         put = native.function("roost_model_set", _SET)
-        for name, (kind, shape, data) in self._tensors.items():
+        for name, tensor in self._tensors.items():
             layer, inner = -1, name
             if name.startswith("blocks.") and ".ln0." not in name:
                 _, number, inner = name.split(".", 2)
                 layer = int(number)
             if inner == "att.time_state":
                 continue
-            rows, columns = shape if kind >= 0 and len(shape) == 2 else (1, 1)
-            native.check(
-                put(handle, layer, inner.encode(), kind, rows, columns, data.ctypes.data, ctypes.c_long(data.nbytes))
-            )
+            kind = KINDS.index(tensor.kind) if tensor.kind in KINDS else {"rows32": 0, "rows16": 2}.get(tensor.kind, -1)
+            rows, columns = tensor.shape if len(tensor.shape) == 2 else (1, 1)
+            data = tensor.data
+            native.check(put(handle, layer, inner.encode(), kind, rows, columns, data.ctypes.data, data.nbytes))
         native.check(native.function("roost_model_ready", [ctypes.c_void_p])(handle))
         return handle
 

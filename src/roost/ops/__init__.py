@@ -17,10 +17,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from roost.checks import choice, instance, integers
-from roost.ops import chunked, library
+from roost.ops import chunked, library, native
 from roost.ops.reference import wkv_reference
 
-BACKENDS = ("reference", "chunked")
+BACKENDS = ("reference", "chunked", "native")
 """Names that `wkv_backend` accepts."""
 
 _forced: str | None = None
@@ -28,9 +28,10 @@ _forced: str | None = None
 
 @contextmanager
 def wkv_backend(name: str) -> Generator[None, None, None]:
-    """Force one backend for every `wkv` call inside the block: "reference" or "chunked".
+    """Force one backend for every `wkv` call inside the block: "reference", "chunked" or "native".
 
-    It holds for the whole process, all threads included. Raises ValueError for an unknown name.
+    It holds for the whole process, all threads included. Raises ValueError for an unknown name; a `wkv` call that the
+    forced backend cannot serve raises ValueError with the reason.
     """
     global _forced
     choice("WKV backend", name, BACKENDS)
@@ -79,9 +80,18 @@ def wkv(
         )
     if _forced == "reference":
         return _reference(r, k, v, log_w, u, state, offsets)
-    if torch.is_grad_enabled() or torch.compiler.is_compiling():
-        return library.wkv_chunked(r, k, v, log_w, u, state, offsets)
-    return chunked.forward(r, k, v, log_w, u, state, offsets)  # inference skips the registration's overhead
+    reason = "another backend is forced" if _forced == "chunked" else native.why_not(r, v)
+    if _forced == "native" and reason:
+        raise ValueError(f"the native WKV backend cannot serve this call: {reason}")
+    # inference skips the registration's overhead
+    registered = torch.is_grad_enabled() or torch.compiler.is_compiling() or type(r) is not Tensor
+    if reason:
+        run = library.wkv_chunked if registered else chunked.forward
+        return run(r, k, v, log_w, u, state, offsets)
+    keep = torch.is_grad_enabled() and any(x.requires_grad for x in (r, k, v, log_w, u, state))
+    run = library.wkv_native if registered else native.forward
+    out, after, _ = run(r, k, v, log_w, u, state, offsets, keep)
+    return out, after
 
 
 def _checked(r: Tensor, k: Tensor, v: Tensor, log_w: Tensor, u: Tensor) -> tuple[int, int, int, int]:
