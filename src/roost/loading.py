@@ -87,7 +87,9 @@ def load(
     if backend is not None:
         choice("backend", backend, get_args(Backend))
     if backend == "torch" and is_packed:
-        raise ValueError(f"{path} is packed for the native model; load the checkpoint it was made from, or drop backend")
+        raise ValueError(
+            f"{path} is packed for the native model; load the checkpoint it was made from, or drop backend"
+        )
     if not is_packed and backend != "native":
         if weights is not None or threads is not None:
             raise ValueError("weights and threads belong to the native model: add backend='native'")

@@ -21,8 +21,9 @@ from contextlib import contextmanager
 from io import TextIOWrapper
 from typing import NamedTuple, NoReturn
 
-from roost.cli import verbs
+from roost.cli import measure, verbs
 
+WEIGHTS = ("fp32", "bf16", "int8", "int4")
 Arguments = Callable[[argparse.ArgumentParser], None]
 
 
@@ -155,6 +156,9 @@ def _model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="a checkpoint, a directory, a hub name, or nestling")
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1 ... (default: cpu)")
     parser.add_argument("--dtype", choices=("fp32", "bf16", "fp64"), help="default: the file's")
+    parser.add_argument("--backend", choices=("torch", "native"), help="native: the CPU model over packed weights")
+    parser.add_argument("--weights", choices=WEIGHTS, help="of the native model; packed once, beside MODEL (bf16)")
+    parser.add_argument("--threads", type=int, metavar="N", help="of the native model")
 
 
 def _sampling(parser: argparse.ArgumentParser) -> None:
@@ -215,8 +219,7 @@ def _convert(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--to", choices=("finch",), help="RWKV-5.1 and 5.2 become RWKV-6, with the same logits")
     kinds = ("fp32", "bf16", "fp16", "q8_0", "q4_0")
     parser.add_argument("--dtype", choices=kinds, help="default: each tensor's own; q8_0 and q4_0 for .gguf only")
-    formats = ("fp32", "bf16", "int8", "int4")
-    parser.add_argument("--weights", choices=formats, help="of a .roost file; default: as in NAME.int8.roost")
+    parser.add_argument("--weights", choices=WEIGHTS, help="of a .roost file; default: as in NAME.int8.roost")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, metavar="N", help="that pack a .roost file")
 
 
@@ -246,6 +249,27 @@ def _demo(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--file", metavar="FILE", help="default: the document that ships")
 
 
+def _bench(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "model", metavar="MODEL", help="a checkpoint, a directory, a hub name, a .roost file, or nestling"
+    )
+    _measured(parser)
+    parser.add_argument("--tokens", type=int, default=32, metavar="N", help="to write (default: 32)")
+
+
+def _evaluate_quant(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", help="a checkpoint, a directory, a hub name, or nestling")
+    parser.add_argument("text", metavar="TEXT", nargs="?", help="a file to read; default: the text that ships")
+    _measured(parser)
+    parser.add_argument("--tokens", type=int, default=4096, metavar="N", help="of it at most (default: 4096)")
+
+
+def _measured(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--weights", metavar="LIST", help=f"default: {','.join(WEIGHTS)}")
+    parser.add_argument("--threads", type=int, metavar="N", help="default: all cores, one for a small model")
+    parser.add_argument("--json", action="store_true", help="JSON instead of the table")
+
+
 VERBS = {
     "chat": Verb("talk with a model", _chat, verbs.chat),
     "generate": Verb("write on from a prompt", _generate, verbs.generate),
@@ -255,6 +279,8 @@ VERBS = {
     "verify": Verb("compare a checkpoint's logits, layer by layer, with the NumPy oracle", _verify, verbs.verify),
     "prepare": Verb("turn text into the tokens that training reads", _prepare, verbs.prepare),
     "train": Verb("train as a recipe says", _train, verbs.train),
+    "bench": Verb("how fast the native model reads and writes here", _bench, measure.bench),
+    "evaluate-quant": Verb("what rounding the weights costs in quality", _evaluate_quant, measure.evaluate_quant),
     "demo": Verb("read a document, save the state, write on in a second process", _demo, verbs.demo),
 }
 """Every command."""

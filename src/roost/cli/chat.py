@@ -21,7 +21,7 @@ from roost.chat import SEPARATOR, clean, render
 from roost.cli.terminal import check_writable, size
 from roost.inference.sampling import Sampling
 from roost.inference.stream import Completion, Stream, read, stream
-from roost.models.rwkv import RWKV
+from roost.models.native import LanguageModel
 from roost.state import State
 from roost.tokenizer import WorldTokenizer
 
@@ -61,7 +61,7 @@ class Session:
 
     def __init__(
         self,
-        model: RWKV,
+        model: LanguageModel,
         tokenizer: WorldTokenizer,
         params: Sampling,
         *,

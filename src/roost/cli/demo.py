@@ -17,6 +17,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from roost.cli.models import open_model
 from roost.cli.terminal import read_bytes, reading, size
 from roost.evaluation.loss import Score, bits_per_byte
 
@@ -25,13 +26,9 @@ PROMPT = "\nEveryone has the right to"
 
 def run(name: str, path: str | None, console: Console | None = None) -> int:
     """Read, save, reload in a second process, write on, compare; the second process's exit code is the demo's."""
-    from roost.checkpoint import load
-
     console = console or Console(highlight=False)
     data = read_bytes(path) if path else (files("roost") / "assets" / "example.txt").read_bytes()
-    model, tokenizer = load(name)
-    if tokenizer is None:
-        raise ValueError(f"{name} has no World vocabulary; the demonstration needs one")
+    model, tokenizer = open_model(name)
     config = model.config
     console.out(f"{name}: {config.generation}, {config.parameters:,} parameters, {config.n_layer} layers")
     if path is None:

@@ -11,47 +11,19 @@ import json
 import os
 import sys
 import time
-from collections.abc import Generator
-from contextlib import contextmanager
 from dataclasses import replace
 from importlib.resources import files
 from typing import Any
 
 from roost.cli import terminal
+from roost.cli.models import load_model, one_thread
 from roost.inference.sampling import Logprob, Sampling
 from roost.inference.stream import Completion, stream
 from roost.inference.stream import read as read_tokens
-from roost.models.rwkv import RWKV
 from roost.state import State
 from roost.tokenizer import WorldTokenizer
 
 SAMPLING_FLAGS = ("temperature", "top_p", "min_p", "presence", "frequency", "penalty_decay", "top_k", "seed")
-
-
-def load_model(args: argparse.Namespace) -> tuple[RWKV, WorldTokenizer]:
-    """MODEL, --device and --dtype. Raises ValueError as `roost.load`, and for a model without a World vocabulary."""
-    from roost.checkpoint import DTYPES, load
-
-    model, tokenizer = load(args.model, args.device, DTYPES[args.dtype] if args.dtype else None)
-    if tokenizer is None:
-        raise ValueError(
-            f"{args.model} has {model.config.vocab_size} tokens, which is no World vocabulary: roost has no tokenizer"
-            " for it; use roost.load and token ids in Python"
-        )
-    return model, tokenizer
-
-
-@contextmanager
-def one_thread(model: RWKV) -> Generator[None, None, None]:
-    """Write with one thread where a token is so little work that threads mostly wait for each other."""
-    import torch
-
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1 if model.config.parameters < 50_000_000 else threads)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def sampling(args: argparse.Namespace, **more: Any) -> Sampling:

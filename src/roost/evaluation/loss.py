@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from roost.checks import instance, whole
-from roost.models.rwkv import RWKV
+from roost.models.native import LanguageModel
 from roost.state import State
 from roost.tokenizer import WorldTokenizer
 
@@ -39,7 +39,7 @@ class Score:
 
 @torch.no_grad()
 def bits_per_byte(
-    model: RWKV,
+    model: LanguageModel,
     tokenizer: WorldTokenizer,
     text: str | bytes,
     state: State | None = None,

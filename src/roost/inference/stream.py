@@ -31,7 +31,7 @@ from roost.inference.sampling import (
     uncounted_ids,
 )
 from roost.inference.stop import StopFilter
-from roost.models.rwkv import RWKV
+from roost.models.native import LanguageModel
 from roost.state import State
 from roost.tokenizer import WorldTokenizer
 
@@ -76,7 +76,7 @@ class Completion:
 
 @torch.no_grad()
 def read(
-    model: RWKV,
+    model: LanguageModel,
     tokens: Sequence[int],
     state: State | None = None,
     *,
@@ -101,7 +101,7 @@ def read(
 
 
 def stream(
-    model: RWKV,
+    model: LanguageModel,
     tokenizer: WorldTokenizer,
     prompt: str | bytes | Sequence[int],
     params: Sampling | None = None,
@@ -147,7 +147,7 @@ def stream(
 
 
 def generate(
-    model: RWKV,
+    model: LanguageModel,
     tokenizer: WorldTokenizer,
     prompt: str | bytes | Sequence[int],
     params: Sampling | None = None,
@@ -192,7 +192,7 @@ class Stream(Iterator[str]):
 
     def __init__(
         self,
-        model: RWKV,
+        model: LanguageModel,
         tokenizer: WorldTokenizer,
         params: Sampling,
         max_tokens: int,

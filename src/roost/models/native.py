@@ -1,7 +1,7 @@
 """The CPU model: Eagle and Finch over packed weights in the native library, called exactly as `RWKV` is.
 
-Owns the invariant that for one weight format the logits and the state have the same bits however the work is cut: whole,
-in chunks or token by token, alone or beside other sequences, on any number of threads.
+Owns the invariant that for one weight format the logits and the state have the same bits however the work is cut:
+whole, in chunks or token by token, alone or beside other sequences, on any number of threads.
 Refuses to know: where packed tensors come from (roost.formats.packed), and the equations (src/native/forward.inl, stage
 by stage those of eagle.py and finch.py).
 """
@@ -24,7 +24,7 @@ from torch import Tensor
 from roost import native
 from roost.checks import whole
 from roost.config import ModelConfig
-from roost.models.rwkv import check_embeddings, check_state, check_tokens
+from roost.models.rwkv import RWKV, check_embeddings, check_state, check_tokens
 from roost.ops import document_offsets
 from roost.state import LayerState, State
 
@@ -58,7 +58,7 @@ class NativeModel:
     fingerprint  of the weights before they were packed, so states can be told apart
     weights      the name of the format: "fp32", "bf16", "int8" or "int4"
     threads      of the native pool; results do not depend on it
-    skip_zeros   read no weights of `ffn.value` for inputs that are exactly zero, in decoding; results do not depend on it
+    skip_zeros   in decoding, read no weights of `ffn.value` for inputs that are zero; results do not depend on it
 
     Raises ValueError for missing or misshapen tensors, and without the native library.
     """
@@ -189,6 +189,22 @@ class NativeModel:
         )
         return tuple(LayerState(*parts) for parts in zip(*(block.unbind() for block in after), strict=True))
 
+    def bytes_per_token(self, zero_rate: float = 0.0) -> int:
+        """Bytes of weights that writing one token reads: all but the embedding, less what zeros let it skip.
+
+        Blocks of `ffn.value` (1, 2, 4 or 8 inputs by kind) are skipped when all their inputs are zero; this counts them
+        as if zeros were independent, the least that is skipped in practice.
+        """
+        total = sum(tensor.data.nbytes for name, tensor in self._tensors.items() if name != "emb.weight")
+        inputs = {"f32": 1, "w16": 1, "bf16": 2, "i4": 8}
+        skipped = 0.0
+        if self._skip_zeros:
+            for name, tensor in self._tensors.items():
+                if name.endswith("ffn.value.weight"):
+                    empty = zero_rate ** inputs.get(tensor.kind, 4)
+                    skipped += empty * tensor.data.nbytes if empty > 0.1 else 0
+        return round(total - skipped)
+
     def zero_rate(self) -> float:
         """The share of inputs of `ffn.value` that were exactly zero since the last call of this method (0 if none)."""
         zeros, inputs = ctypes.c_long(), ctypes.c_long()
@@ -196,6 +212,9 @@ class NativeModel:
         count(self._handle, ctypes.byref(zeros), ctypes.byref(inputs))
         return zeros.value / inputs.value if inputs.value else 0.0
 
+
+LanguageModel = RWKV | NativeModel
+"""What generation, chat and evaluation run: one call, `(tokens, state) -> (logits, state)`."""
 
 _SET = [
     ctypes.c_void_p,
@@ -215,6 +234,31 @@ _FORWARD = [
     ctypes.c_void_p,
     ctypes.c_void_p,
     ctypes.c_int,
+    ctypes.c_void_p,
+    ctypes.c_int,
+]
+
+
+def product(
+    kind: str, packed: NDArray[Any], outputs: int, inputs: int, x: Float[Tensor, "M K"], *, threads: int = 1
+) -> Float[Tensor, "M N"]:
+    """x (M, inputs) fp32 times one packed matrix, exactly as the model computes it: for tests and measurements."""
+    call = native.function("roost_product", _PRODUCT)
+    x, out = x.contiguous(), torch.empty(x.shape[0], outputs)
+    packed = np.ascontiguousarray(packed)
+    place = (packed.ctypes.data, packed.nbytes, outputs, inputs)
+    native.check(call(KINDS.index(kind), *place, x.data_ptr(), x.shape[0], out.data_ptr(), threads))
+    return out
+
+
+_PRODUCT = [
+    ctypes.c_int,
+    ctypes.c_void_p,
+    ctypes.c_long,
+    ctypes.c_long,
+    ctypes.c_long,
+    ctypes.c_void_p,
+    ctypes.c_long,
     ctypes.c_void_p,
     ctypes.c_int,
 ]

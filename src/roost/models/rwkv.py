@@ -191,7 +191,7 @@ class RWKV(nn.Module):
 
 
 def check_tokens(tokens: Tensor, config: ModelConfig, device: torch.device) -> None:
-    """Raise ValueError unless `tokens` are ids (B, T) on the model's device (their range is checked on the CPU only)."""
+    """Raise ValueError unless `tokens` are ids (B, T) on the model's device; their range is checked on the CPU only."""
     instance("tokens", tokens, Tensor, "write torch.tensor([ids]), of shape (B, T)")
     if tokens.dim() != 2 or tokens.is_floating_point() or tokens.dtype == torch.bool:
         raise ValueError(f"tokens are {tokens.dtype} {tuple(tokens.shape)}; they must be integers of shape (B, T)")
