@@ -49,6 +49,14 @@ def _open(model: str, weights: WeightsFormat, threads: int | None, place: str) -
     return found, path.stat().st_size
 
 
+def _table(first: str, *others: str) -> Table:
+    table = Table(box=None, pad_edge=False)
+    table.add_column(first, no_wrap=True)
+    for header in others:
+        table.add_column(header, justify="right", no_wrap=True)
+    return table
+
+
 def _decode(model: NativeModel, tokens: int, rows: int = 1) -> float:
     """Median seconds per step of writing one token for each of `rows` sequences."""
     ids = torch.full((rows, 1), min(100, model.config.vocab_size - 1))
@@ -99,7 +107,7 @@ def bench(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(rows))
         return 0
-    table = Table("weights", "file", "threads", "read t/s", "write t/s", "16 rows t/s", "weights GB/s", "ffn zeros")
+    table = _table("weights", "file", "threads", "read t/s", "write t/s", "16 rows", "GB/s", "zeros")
     for row in rows:
         speeds = ("prefill_tokens_per_s", "decode_tokens_per_s", "decode_16_rows_tokens_per_s")
         cells = [f"{row[key]:,.0f}" if row[key] > 99 else f"{row[key]:.1f}" for key in speeds]
@@ -107,7 +115,10 @@ def bench(args: argparse.Namespace) -> int:
         table.add_row(row["weights"], terminal.size(row["file_bytes"]), str(row["threads"]), *cells, *figures)
     console = Console(highlight=False)
     console.print(table)
-    console.out("read: 512 tokens at a time; write: one token at a time; zeros need no weights of ffn.value in writing")
+    console.out(
+        "\nread: 512 tokens at once; write: one by one; 16 rows: for 16 sequences together; GB/s: weights read in writing;"
+        "\nzeros: inputs of ffn.value that are zero, so that writing reads none of their weights"
+    )
     return 0
 
 
@@ -136,14 +147,14 @@ def evaluate_quant(args: argparse.Namespace) -> int:
         ]
         print(json.dumps(found))
         return 0
-    table = Table(
-        "weights", "file", "KL (nats)", "KL 99 %", "same first choice", "bits/byte", "against fp32", "write t/s"
-    )
+    table = _table("weights", "file", "KL", "KL 99%", "same top", "bits/byte", "to fp32", "write t/s")
     for model, size, step, quality in rows:
         change = f"{quality.bits / quality.exact_bits - 1:+.3%}"
         figures = [f"{quality.kl:.2e}", f"{quality.kl_99:.2e}", f"{quality.top1:.2%}", f"{quality.bits / count:.4f}"]
         table.add_row(model.weights, terminal.size(size), *figures, change, f"{1 / step:,.1f}")
     console = Console(highlight=False)
     console.print(table)
-    console.out(f"{len(ids):,} tokens, {count:,} bytes of {args.text or 'the text that ships'}; exact: fp32, native")
+    console.out(
+        f"\nKL in nats a token; {len(ids):,} tokens, {count:,} bytes of {args.text or 'the text that ships'}; exact: fp32, native"
+    )
     return 0
