@@ -116,7 +116,7 @@ def bench(args: argparse.Namespace) -> int:
     console = Console(highlight=False)
     console.print(table)
     console.out(
-        "\nread: 512 tokens at once; write: one by one; 16 rows: for 16 sequences together; GB/s: weights read in writing;"
+        "\nread: 512 tokens at once; write: one by one; 16 rows: for 16 sequences together; GB/s: of weights, in writing;"
         "\nzeros: inputs of ffn.value that are zero, so that writing reads none of their weights"
     )
     return 0
@@ -154,7 +154,6 @@ def evaluate_quant(args: argparse.Namespace) -> int:
         table.add_row(model.weights, terminal.size(size), *figures, change, f"{1 / step:,.1f}")
     console = Console(highlight=False)
     console.print(table)
-    console.out(
-        f"\nKL in nats a token; {len(ids):,} tokens, {count:,} bytes of {args.text or 'the text that ships'}; exact: fp32, native"
-    )
+    read = args.text or "the text that ships"
+    console.out(f"\nKL in nats a token; {len(ids):,} tokens, {count:,} bytes of {read}; exact: fp32, native")
     return 0
