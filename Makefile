@@ -1,16 +1,17 @@
 # demo: nestling reads a document and writes on   test: everything is tested   check: style, types, layers
 # bench: the measured figures as JSON   sanitize: the tests of the native library under ASan and UBSan
+# test-amx: the paths for AMX, emulated
 # The first use of each creates .venv and installs the versions in constraints.txt. With a C++ compiler that also builds
 # the native library, anew whenever its sources change; without one roost works in plain torch (`roost info` says so).
 # WERROR=ON: compiler warnings are errors.
 PYTHON ?= python3
 BIN := .venv/bin
 NATIVE := $(wildcard CMakeLists.txt src/native src/native/*)
-SANITIZED := native or tokenizer or wkv or packed or quant
+SANITIZED := (native or tokenizer or packed or panels or fuzz) and not (bench or peers or chunked or reference)
 INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
 	$(if $(WERROR),--config-settings=cmake.define.ROOST_WERROR=$(WERROR))
 
-.PHONY: demo test check bench sanitize clean
+.PHONY: demo test check bench sanitize test-amx clean
 
 demo: .venv/installed
 	@$(BIN)/roost demo
@@ -23,7 +24,7 @@ check: .venv/installed-dev
 
 bench: .venv/installed-test
 	@mkdir -p runs
-	@for script in wkv generate tokenizer; do $(BIN)/python benchmarks/$$script.py --out runs/bench-$$script.json || exit 1; done
+	@for script in wkv wkv_native generate tokenizer; do $(BIN)/python benchmarks/$$script.py --out runs/bench-$$script.json || exit 1; done
 
 # pip rather than cmake, because pip fetches cmake where there is none. Python's own leaks are not ours to find.
 sanitize: .venv/installed-test
@@ -33,6 +34,14 @@ sanitize: .venv/installed-test
 	LD_PRELOAD="$$(for one in asan ubsan stdc++; do $(CXX) -print-file-name=lib$$one.so; done | xargs)" \
 	  ASAN_OPTIONS=detect_leaks=0 $(BIN)/python -m pytest -n 2 -k "$(SANITIZED)" -m "not slow" \
 	  --native-library build/sanitized/roost/_native.so $(TESTFLAGS)
+
+# The paths for AMX on machines without it (but with AVX-512): a library that emulates the tile instructions.
+test-amx: .venv/installed-test
+	rm -rf build/amx
+	$(INSTALL) --no-deps --target build/amx --config-settings=build-dir=build/emulate-amx \
+	  --config-settings=cmake.define.ROOST_WERROR=ON --config-settings=cmake.define.ROOST_EMULATE_AMX=ON .
+	$(BIN)/python -m pytest -n 2 -m "not slow" tests/models/test_native.py tests/models/test_native_amx.py \
+	  --native-library build/amx/roost/_native.so $(TESTFLAGS)
 
 clean:
 	rm -rf .venv build .pytest_cache .ruff_cache .hypothesis .coverage*

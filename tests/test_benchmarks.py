@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import json
 import subprocess
@@ -10,6 +11,8 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+
+from roost import native
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
 
@@ -41,6 +44,16 @@ def test_wkv_quick(tmp_path: Path) -> None:
         assert row["speedup"] == pytest.approx(row["reference"]["median_s"] / row["chunked"]["median_s"], rel=0.01)
 
 
+@pytest.mark.skipif(not native.available(), reason=f"no native library: {native.why_not()}")
+def test_wkv_native_quick(tmp_path: Path) -> None:
+    out = tmp_path / "wkv.json"
+    command = [sys.executable, str(FOLDER / "wkv_native.py"), "--quick", "--out", str(out)]
+    subprocess.run(command, check=True, cwd=tmp_path)
+    rows = json.loads(out.read_text())["rows"]
+    assert [row["what"] for row in rows[:4]] == [row["what"] for row in rows[4:8]] and len(rows) == 10
+    assert rows[0]["threads"] == 1 and rows[0]["chunked_over_native"] > 0
+
+
 def test_generate_quick(tmp_path: Path) -> None:
     out = tmp_path / "generate.json"
     command = [sys.executable, str(FOLDER / "generate.py"), "--quick", "--threads", "1", "--out", str(out)]
@@ -50,12 +63,26 @@ def test_generate_quick(tmp_path: Path) -> None:
 
 
 def test_tokenizer_quick(tmp_path: Path) -> None:
-    out = tmp_path / "tokenizer.json"
-    subprocess.run(
-        [sys.executable, str(FOLDER / "tokenizer.py"), "--quick", "--out", str(out)], check=True, cwd=tmp_path
-    )
+    out, text = tmp_path / "tokenizer.json", tmp_path / "own.txt"
+    text.write_text("今天是美好的一天。 " * 600)
+    command = [sys.executable, str(FOLDER / "tokenizer.py"), "--quick", "--text", f"own={text}", "--out", str(out)]
+    subprocess.run(command, check=True, cwd=tmp_path)
+    *rows, last = json.loads(out.read_text())["rows"]
+    assert len(rows) == 5 and all(row["bytes"] > 15_000 and row["roost_over_rwkv"] > 0 for row in rows)
+    assert rows[-1]["text"] == "own" and rows[-1]["sha256"] == hashlib.sha256(text.read_bytes()).hexdigest()
+    assert last["construction"]["roost"]["median_s"] > 0
+
+
+@pytest.mark.slow
+def test_peers_quick(tmp_path: Path) -> None:
+    out = tmp_path / "peers.json"
+    command = [sys.executable, str(FOLDER / "peers.py"), str(tmp_path), "--presets", "nestling", "--formats", "q8_0"]
+    subprocess.run([*command, "--quick", "--threads", "1", "--out", str(out)], check=True, cwd=tmp_path)
     rows = json.loads(out.read_text())["rows"]
-    assert len(rows) == 3 and all(row["bytes"] > 15_000 and row["roost_over_rwkv"] > 0 for row in rows)
+    assert {"cpu fp32", "cpu bf16"} <= {row["format"] for row in rows}
+    assert all(row["prefill_32"] > 0 and row["decode_4"] > 0 and row["peak_bytes"] > 1e7 for row in rows)
+    made = importlib.import_module("roost.checkpoint").info(tmp_path / "nestling.q8_0.gguf")
+    assert made.config.n_layer == 4 and "q8_0" in made.dtypes
 
 
 def test_variants_take_turns_and_the_first_call_is_not_measured(common: ModuleType) -> None:

@@ -16,7 +16,7 @@ LAYERS = [
     {"tokenizer", "matching", "matching_native", "vocabulary", "config", "state", "files", "checks", "ops"}
     | {"native", "backends"},
     {"models"},
-    {"checkpoint", "formats", "chat", "data"},
+    {"checkpoint", "loading", "formats", "chat", "data"},
     {"inference"},
     {"evaluation"},
     {"training"},

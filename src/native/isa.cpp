@@ -36,6 +36,9 @@ Isa best() {
     if (!all(saved, {1, 2}) || !all(more.b, {5})) return Isa::scalar;   // SSE and AVX state; AVX2
     if (!all(saved, {5, 6, 7}) || !all(more.b, {16, 17, 30, 31})        // AVX-512 state; F, DQ, BW, VL
         || !all(more.c, {11}) || !all(last.a, {5})) return Isa::avx2;   // VNNI; BF16
+#if ROOST_AMX_EMULATED
+    return Isa::amx;
+#endif
     if (!all(saved, {17, 18}) || !all(more.d, {22, 24, 25})) return Isa::avx512;  // tiles: state; BF16, TILE, INT8
 #if defined(__linux__)
     constexpr int ask_for_state = 0x1023, of_tiles = 18;                // ARCH_REQ_XCOMP_PERM: once for the process

@@ -340,10 +340,12 @@ inline void multiply_panel(const Matrix& W, long p, const Activations& a, long M
     }
 }
 
+#if !ROOST_AMX                               // amx.inl has its own
 // outputs [c, c + 64) of W for all rows
 inline void multiply(const Matrix& W, long c, const Activations& a, long M, float* out) {
     for (long p = c / panel; p < W.panels() && p < (c + unit) / panel; p++)
         multiply_panel(W, p, a, M, out + p * panel - c);
 }
+#endif
 
 }  // namespace

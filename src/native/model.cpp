@@ -59,7 +59,8 @@ struct Handle {
 
 const Kernels* choose() {
 #if defined(__x86_64__)
-    if (isa() >= Isa::avx512) return &kernels_avx512;
+    if (isa() == Isa::amx) return &kernels_amx;
+    if (isa() == Isa::avx512) return &kernels_avx512;
     if (isa() == Isa::avx2) return &kernels_avx2;
 #endif
     return &kernels_scalar;

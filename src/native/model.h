@@ -103,6 +103,6 @@ struct Kernels {                        // of one instruction set
     void (*forward)(const Model&, const Pass&, const Region&);
     void (*product)(const Product&, const Region&);
 };
-extern const Kernels kernels_scalar, kernels_avx2, kernels_avx512;
+extern const Kernels kernels_scalar, kernels_avx2, kernels_avx512, kernels_amx;
 
 }  // namespace roost

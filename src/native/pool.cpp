@@ -11,6 +11,7 @@
 #include <thread>
 #if defined(__linux__)
 #include <linux/futex.h>
+#include <sched.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
@@ -43,6 +44,36 @@ void wake_all(std::atomic<unsigned>& word) {
 #endif
 }
 
+// The kernel likes to wake a thread on the core of the one who wakes it. There it waits out a time slice, milliseconds,
+// while another core is idle. So a sleeping worker is forbidden that core; once awake it may use all of its cores again.
+class Elsewhere {
+public:
+#if defined(__linux__)
+    void born() { thread.store(static_cast<pid_t>(syscall(SYS_gettid))); }
+    void send() {                            // by the caller, before it wakes the worker
+        const pid_t worker = thread.load();
+        const int here = sched_getcpu();
+        if (!worker || here < 0 || here >= CPU_SETSIZE || sched_getaffinity(worker, sizeof all, &all)) return;
+        cpu_set_t others = all;
+        CPU_CLR(here, &others);
+        away = !sched_setaffinity(worker, sizeof others, &others);   // fails when there is no other core
+    }
+    void arrive() {                          // by the worker, when it is awake
+        if (away) sched_setaffinity(0, sizeof all, &all);
+        away = false;
+    }
+
+private:
+    std::atomic<pid_t> thread{0};
+    cpu_set_t all;
+    bool away = false;
+#else
+    void born() {}
+    void send() {}
+    void arrive() {}
+#endif
+};
+
 // Threads that are born in this scope get no signals: an interrupt must end the read or sleep of Python's main thread.
 struct NoSignals {
     sigset_t before;
@@ -67,12 +98,15 @@ struct Pool {
     alignas(64) std::atomic<int> pending{0};
     Signal finished;
     Signal start[max_threads];
+    Elsewhere elsewhere[max_threads];
 
     void work(int index) {
         int patience = 0;
+        elsewhere[index].born();
         for (unsigned seen = 0;; seen++) {   // takes part in each region that it is called to: it cannot miss a number
             start[index].await(seen, patience);
             patience = spins;
+            elsewhere[index].arrive();
             {
                 FlushDenormals flush;
                 body({threads, index, barrier}, context);
@@ -160,7 +194,10 @@ void run(int threads, Body body, void* context) {
     pool->barrier = &barrier;
     pool->pending.store(threads, std::memory_order_relaxed);
     const unsigned seen = pool->finished.now();
-    for (int i = 1; i < threads; i++) pool->start[i].raise();
+    for (int i = 1; i < threads; i++) {
+        if (pool->start[i].slept_on()) pool->elsewhere[i].send();
+        pool->start[i].raise();
+    }
     {
         FlushDenormals flush;
         body({threads, 0, &barrier}, context);

@@ -19,6 +19,7 @@ public:
     unsigned now() const { return number.load(std::memory_order_acquire); }
     void raise();                            // the next number, visible together with everything written before
     bool await(unsigned seen, int spins);    // until the number is not `seen`; whether spinning was enough
+    bool slept_on() const { return sleepers.load(std::memory_order_relaxed) != 0; }
 
 private:
     std::atomic<unsigned> number{0};

@@ -91,7 +91,7 @@ inline Fit fit4(const F8* x, const float* h) {
         F8 offset = (step * s.q - s.x) / weight;
         const I8 fixed = (offset < 0) | (offset > step * 15.9375f);   // the zero must lie within the codes
         offset = smaller(larger(offset, F8{}), step * 15.9375f);
-        step = fixed & (s.qq > 0) ? (s.xq + offset * s.q) / s.qq : step;
+        step = (fixed & (s.qq > 0)) ? (s.xq + offset * s.q) / s.qq : step;
         const F8 error = xx + step * (step * s.qq - 2.0f * s.xq) + offset * (offset * weight + 2.0f * (s.x - step * s.q));
         const I8 better = (error < best_error) & (step > 0);
         best.d = better ? step : best.d;

@@ -242,10 +242,24 @@ template <int N, int width> INLINE void one_token(const Forward& h) {
     }
 }
 
+// during the first and last columns of one block: what the next one will read, and the rows that this one will write
+template <int N> INLINE void fetch_around(const Forward& h, long t, int j) {
+    const long next = t + block_tokens;
+    if (j == h.first) {
+        fetch<N, true>(h.out, h.out_step, t + 8, h.tokens, h.bf16);
+        fetch<N, false>(h.r, h.r_step, next, h.tokens, h.bf16), fetch<N, false>(h.k, h.k_step, next, h.tokens, h.bf16);
+    }
+    if (j + 2 * L == h.last) {
+        fetch<N, false>(h.v, h.v_step, next, h.tokens, h.bf16);
+        if (h.w_step) fetch<N, false>(h.log_w, h.w_step, next, h.tokens, false);
+    }
+}
+
 // one block of tokens for two vectors of value columns
 template <int N> INLINE void columns(const Forward& h, const ForwardScratch<N>& w, long start, long count, int j) {
     for (long n = 0; 4 * n < count; n++) {
         const Quad<N>& f = w.quad[n];
+        fetch_around<N>(h, start + 4 * n, j);
         V v[4][2], o[4][2];
         EACH(x)
             for (int y = 0; y < 2; y++) {
@@ -269,14 +283,6 @@ template <int N> INLINE void columns(const Forward& h, const ForwardScratch<N>& 
     }
 }
 
-template <int N> INLINE void fetch_next(const Forward& h, long t) {
-    for (long end = t + block_tokens; t < end; t += 4) {
-        fetch<N, false>(h.r, h.r_step, t, h.tokens, h.bf16), fetch<N, false>(h.k, h.k_step, t, h.tokens, h.bf16);
-        fetch<N, false>(h.v, h.v_step, t, h.tokens, h.bf16);
-        if (h.w_step) fetch<N, false>(h.log_w, h.w_step, t, h.tokens, false);
-    }
-}
-
 INLINE void copy_columns(const float* from, float* to, int n, int first, int last) {
     for (int i = 0; i < n; i++) __builtin_memcpy(to + i * n + first, from + i * n + first, sizeof(float) * (last - first));
 }
@@ -292,7 +298,6 @@ template <int N> void forward(const Forward& h, void* scratch) {
         if (h.saved && start) copy_columns(h.after, h.saved + (start / block_tokens - 1) * h.saved_step, N, h.first, h.last);
         stage<N>(h.v, h.v_step, start, h.tokens, h.bf16, 4 * groups, w.v);
         for (int n = 0; n < groups; n++) quad<N>(h, start + 4 * n, decay_at<N>(h, start + 4 * n, w.fixed, w.own), w.quad[n]);
-        fetch_next<N>(h, start + block_tokens);
         for (int j = h.first; j < h.last; j += 2 * L) columns<N>(h, w, start, count, j);
     }
 }
@@ -390,6 +395,8 @@ template <int N> INLINE void sweep(BackwardScratch<N>& w, int n, int p) {
 
 // from the sums to dr, dk, dlog_w and du: the dyadic tree of four tokens, widest level first, the bonus last
 template <int N> INLINE void triangle(const Backward& h, BackwardScratch<N>& s, int n, long t) {
+    fetch<N, true>(h.dr, h.step, t + 8, h.tokens, h.bf16), fetch<N, true>(h.dk, h.step, t + 8, h.tokens, h.bf16);
+    if (h.w_step) fetch<N, true>(h.d_log_w, h.step, t + 8, h.tokens, false);
     const Four rows_r = four(h.r, h.r_step, t, h.tokens, h.bf16), rows_k = four(h.k, h.k_step, t, h.tokens, h.bf16);
     const float* dA = s.da[n];
     for (int i = 0; i < N; i += L) {
@@ -438,8 +445,6 @@ template <int N> INLINE void fetch_around(const Backward& h, long t, int p) {
             fetch<N, false>(h.v, h.v_step, before, h.tokens, h.bf16);
             fetch<N, false>(h.g, h.g_step, before, h.tokens, h.bf16);
         }
-        fetch<N, true>(h.dr, h.step, t, h.tokens, h.bf16), fetch<N, true>(h.dk, h.step, t, h.tokens, h.bf16);
-        if (h.w_step) fetch<N, true>(h.d_log_w, h.step, t, h.tokens, false);
     }
 }
 

@@ -19,7 +19,7 @@ try:
     from roost.models.rwkv import RWKV
     from roost.ops import wkv, wkv_backend
     from roost.state import LayerState, State
-    from roost.tokenizer import StreamDecoder, WorldTokenizer
+    from roost.tokenizer import StreamDecoder, StreamEncoder, WorldTokenizer
     from roost.training.config import TrainConfig
     from roost.training.loop import train
 except KeyboardInterrupt:  # torch takes seconds to load: in the command line Ctrl-C is as quiet then as it is later
@@ -38,6 +38,7 @@ __all__ = [
     "Sampling",
     "State",
     "StreamDecoder",
+    "StreamEncoder",
     "TokenLoader",
     "TrainConfig",
     "WorldTokenizer",

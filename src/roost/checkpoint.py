@@ -111,7 +111,7 @@ class _Opened:
 
 
 def tokenizer_of(vocab: int) -> WorldTokenizer | None:
-    """The tokenizer that a number of ids tells: World from 65536 on, bytes for 257, None for others (the Pile models')."""
+    """The tokenizer that a number of ids tells: World from 65536 on, bytes for 257, None for others (Pile models)."""
     if vocab == 257:
         return WorldTokenizer.byte_level()
     return WorldTokenizer() if vocab >= 65536 else None
@@ -192,10 +192,9 @@ def _packed_info(path: Path) -> Info:
     found = packed.summary(path)
     version = official.version_for(found.config)
     state, size = found.config.state_bytes, path.stat().st_size
-    numbers = dict(sorted(found.numbers.items(), key=lambda item: -item[1]))
-    memory, dialect = {found.weights: size + state}, f"packed, {found.weights}"
-    label, total = LABELS[version], sum(numbers.values())
-    return Info(path, version, label, dialect, found.config, numbers, total, size, state, memory)
+    numbers, memory = dict(sorted(found.numbers.items(), key=lambda item: -item[1])), {found.weights: size + state}
+    about = (path, version, LABELS[version], f"packed, {found.weights}", found.config)
+    return Info(*about, numbers, sum(numbers.values()), size, state, memory)
 
 
 def convert(
@@ -218,8 +217,7 @@ def convert(
     to      "finch" turns RWKV-5.1 and 5.2 into RWKV-6 with the same logits; its maa stay fp32 whatever `dtype` says,
             because 1 - mix does not fit 16 bits
     dtype   None keeps each tensor's. In .gguf it is that of the matrices, and may be "q8_0" or "q4_0"
-    weights_format  of a .roost file: "fp32", "bf16", "int8", "int4"; None takes it from a name like model.int8.roost
-    threads         that pack a .roost file
+    weights_format  of a .roost file: "fp32", "bf16", "int8", "int4"; None: as in NAME.int8.roost. threads: to pack it
 
     Files are replaced only when the new one is complete. Warns when the result has one layer (the rwkv package takes
     such a file for another version). Raises ValueError as `load` does, for another ending, and for what the Hugging
@@ -228,43 +226,29 @@ def convert(
     if to not in (None, "finch"):
         raise ValueError(f"to is {to!r}; the only generation to convert to is 'finch'")
     path = Path(target)
-    if path.suffix == packed.ENDING and not path.is_dir():
-        if dtype is not None:
-            raise ValueError(f"dtype is {dtype}, but a {packed.ENDING} file has weights_format in its place")
-        kind, found = weights_format or packed.format_of(path), resolve(source, endpoint, cache_dir)
-        opened, identity = _open(found), packed.source_of(found)
-        config, weights = opened.config, opened.weights
-        if to == "finch":
-            config, weights = upcycle(config, weights)
-        return packed.pack(weights, config, path, weights_format=kind, source=identity, threads=threads)
-    if weights_format is not None:
-        raise ValueError(f"weights_format is {weights_format!r}, but {path} does not end in {packed.ENDING}")
-    directory, quantised = _is_directory(path), isinstance(dtype, str)
-    for_llama = path.suffix == gguf.ENDING and not directory
-    known = gguf.QUANTISED if quantised else DTYPES.values()
-    if dtype is not None and dtype not in known:
-        raise ValueError(f"dtype is {dtype}; it must be one of {', '.join(str(one) for one in known)}")
-    if quantised and not for_llama:
-        raise ValueError(f"cannot write {dtype} to {path}: only .gguf files hold it")
-    opened = _open(resolve(source, endpoint, cache_dir))
+    form = _form(path, dtype, weights_format)
+    found = resolve(source, endpoint, cache_dir)
+    opened = _open(found)
     config, weights = opened.config, opened.weights
-    if to == "finch" or (for_llama and config.generation == "eagle"):
+    if to == "finch" or (form == "gguf" and config.generation == "eagle"):
         config, weights = upcycle(config, weights)
-    if not isinstance(dtype, str) and dtype is not None and not for_llama:
+    if form == "packed":
+        kind, identity = weights_format or packed.format_of(path), packed.source_of(found)
+        return packed.pack(weights, config, path, weights_format=kind, source=identity, threads=threads)
+    if not isinstance(dtype, str) and dtype is not None and form != "gguf":
         weights = {
             name: value if to == "finch" and re.fullmatch(r".*\.time_maa_[xwkvrg]", name) else value.to(dtype)
             for name, value in weights.items()
         }
     weights = official_weights(config, {name: weights[name] for name in RWKV(config, device="meta").state_dict()})
-    if for_llama:
+    if form == "gguf":
         kind = dtype if isinstance(dtype, str) else next((name for name, one in DTYPES.items() if one == dtype), None)
         gguf.save(path, config, weights, opened.tokenizer(), kind)
-        return path
-    if directory:
+    elif form == "directory":
         huggingface.save(config, weights, path)
     else:
         save_weights(weights, path)
-    if config.n_layer == 1 and config.generation != "dove":
+    if config.n_layer == 1 and config.generation != "dove" and form != "gguf":
         warnings.warn(
             f"{path} has one layer: the rwkv package guesses the version of such a file from the order of its keys and"
             " may take it for another one",
@@ -273,21 +257,31 @@ def convert(
     return path
 
 
-def _is_directory(path: Path) -> bool:
-    if path.is_dir():
-        return True
-    if path.exists() or path.suffix in storage.ENDINGS:
-        if path.suffix not in storage.ENDINGS:
-            raise ValueError(
-                f"cannot write {path}: the name must end in .pth, .safetensors, .gguf or .roost, or be a directory"
-            )
-        return False
-    if path.suffix and not path.suffix[1].isdigit():  # "v6-1.6B" is the name of a directory
+def _form(path: Path, dtype: object, weights_format: str | None) -> str:
+    """What a target's name asks for: "packed", "gguf", "directory" or "file". ValueError for what that cannot hold."""
+    ending = "" if path.is_dir() else path.suffix
+    form = {packed.ENDING: "packed", gguf.ENDING: "gguf", ".pth": "file", ".safetensors": "file"}.get(ending, "")
+    if not form and path.exists() and not path.is_dir():
         raise ValueError(
-            f"cannot write {path}: {path.suffix} is no format that roost writes; use .pth, .safetensors, .gguf, .roost,"
+            f"cannot write {path}: the name must end in .pth, .safetensors, .gguf or .roost, or be a directory"
+        )
+    if not form and ending and not ending[1].isdigit():  # "v6-1.6B" is the name of a directory
+        raise ValueError(
+            f"cannot write {path}: {ending} is no format that roost writes; use .pth, .safetensors, .gguf, .roost,"
             " or a directory for Hugging Face names"
         )
-    return True
+    known = gguf.QUANTISED if isinstance(dtype, str) else DTYPES.values()
+    if dtype is not None and dtype not in known:
+        raise ValueError(f"dtype is {dtype}; it must be one of {', '.join(str(one) for one in known)}")
+    if dtype is not None and form == "packed":
+        raise ValueError(f"dtype is {dtype}, but a {packed.ENDING} file has weights_format in its place")
+    if isinstance(dtype, str) and form != "gguf":
+        raise ValueError(f"cannot write {dtype} to {path}: only .gguf files hold it")
+    if weights_format is not None and form != "packed":
+        raise ValueError(f"weights_format is {weights_format!r}, but {path} does not end in {packed.ENDING}")
+    if form == "packed" and weights_format is None:
+        packed.format_of(path)
+    return form or "directory"
 
 
 def _open(path: Path, dtype: torch.dtype | None = None, *, numbers: bool = True) -> _Opened:

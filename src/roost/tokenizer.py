@@ -89,8 +89,7 @@ class WorldTokenizer:
 
         Raises ValueError for a lone surrogate (naming its index) and for anything but str or bytes.
         """
-        data = _utf8(text)
-        return self._python.encode(data) if self._native is None else self._native.encode(data).tolist()
+        return self._python.encode(_utf8(text)) if self._native is None else self.encode_array(text).tolist()
 
     def encode_array(self, text: str | bytes, threads: int = 1) -> NDArray[Any]:
         """`encode` as an array: (ids,) uint16, or uint32 when vocab_size is larger than 65,536.
@@ -98,11 +97,13 @@ class WorldTokenizer:
         Several threads share a text of more than half a megabyte, cut where no token can cross; the ids are the same.
         Raises ValueError as `encode`, and for an impossible number of threads.
         """
-        data = _utf8(text)
         _check_threads(threads)
-        if self._native is not None:
-            return self._native.encode(data, threads)
-        return np.array(self._python.encode(data), np.uint16 if self.vocab_size <= _WORLD_SIZE else np.uint32)
+        if self._native is not None and isinstance(text, (str, bytes)):  # pyright: ignore[reportUnnecessaryIsInstance]
+            try:
+                return self._native.encode(text, threads)
+            except UnicodeEncodeError:
+                pass  # _utf8 says where
+        return np.array(self._python.encode(_utf8(text)), np.uint16 if self.vocab_size <= _WORLD_SIZE else np.uint32)
 
     def encode_open(self, data: bytes) -> tuple[list[int], int]:
         """The ids at the beginning of `data` that no continuation can change, and how many bytes they are."""

@@ -15,7 +15,6 @@ import torch
 from checkpoints import make_checkpoint
 from roost import cli
 from roost.checkpoint import load
-from roost import native
 from roost.cli import main, verbs
 from roost.evaluation.loss import bits_per_byte
 from roost.inference.sampling import Sampling
@@ -193,23 +192,6 @@ def test_info_and_convert(model: str, tmp_path: Path, capsys: pytest.CaptureFixt
     assert main(["convert", model, str(target), "--dtype", "bf16"]) == 0
     assert capsys.readouterr().out == f"wrote {target}\n"
     assert load(str(target))[0].dtype == torch.bfloat16
-
-
-@pytest.mark.parametrize("reason", ["", "no compiler was found"])
-def test_info_alone_tells_of_the_backends(
-    reason: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(native, "why_not", lambda: reason)
-    monkeypatch.setattr(native, "available", lambda: not reason)
-    monkeypatch.setattr(native, "isa", lambda: "avx2")
-    monkeypatch.setattr(native, "supported_isas", lambda: ("scalar", "avx2"))
-    assert main(["info"]) == 0
-    out = capsys.readouterr().out
-    assert f"torch {torch.__version__}" in out and "chunked    active" in out
-    if reason:
-        assert out.count("native     not active") == 3 and out.count(reason) == 1
-    else:
-        assert out.count("native     active") == 3 and "avx2 (of scalar, avx2)" in out and "why not" not in out
 
 
 def test_warnings_of_the_library_are_one_line_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -116,7 +116,7 @@ def bench(args: argparse.Namespace) -> int:
     console = Console(highlight=False)
     console.print(table)
     console.out(
-        "\nread: 512 tokens at once; write: one by one; 16 rows: for 16 sequences together; GB/s: of weights, in writing;"
+        "\nread: 512 tokens at once; write: one by one; 16 rows: for 16 sequences at once; GB/s: of weights, writing;"
         "\nzeros: inputs of ffn.value that are zero, so that writing reads none of their weights"
     )
     return 0

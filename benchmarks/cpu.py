@@ -1,0 +1,243 @@
+"""The native CPU model against llama.cpp, the `rwkv` package, torch and the machine: every figure of the README's table.
+
+    python benchmarks/cpu.py DIRECTORY [--models finch-1.6b ..] [--parts decode prefill ..] [--rounds N] [--out FILE]
+
+DIRECTORY holds the random models of peers.py, or will. A comparison keeps both processes open and alternates them, so
+that a neighbour slows both; figures are medians, ratios are of medians. "dense" reads all weights; "sparse" is what
+skipping the weights of zero inputs adds (random weights have half zeros, trained ones more: see `roost bench`).
+
+Refuses to know: how the peers run (peers.py) and how quantised weights do in quality (`roost evaluate-quant`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import mmap
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from ctypes import c_int, c_long, c_void_p
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import peers
+import torch
+from common import alternate, write
+from peers import Peer
+
+import roost
+from roost import PRESETS, native
+from roost.formats import packed
+
+RIVALS = {"bf16": ("fp16", "bf16"), "int8": ("q8_0",), "int4": ("q4_0", "q4_K")}
+Row = dict[str, Any]
+
+
+def roost_model(preset: str, directory: Path, weights: str, threads: int, skip_zeros: bool = True) -> Peer:
+    """The native model, in a process of its own, from its packed file."""
+    path = directory / f"{preset}.{weights}{packed.ENDING}"
+    if not path.exists():
+        roost.load(peers.files(preset, directory, ())["pth"], backend="native", weights=weights, threads=threads)
+    return Peer("roost", str(path), str(threads), str(int(skip_zeros)))
+
+
+def race(contestants: dict[str, Peer], what: str, count: int, rounds: int) -> dict[str, float]:
+    """Median tokens per second of each, taken in turn."""
+    seconds: dict[str, list[float]] = {name: [] for name in contestants}
+    for turn in range(rounds + 1):
+        for name, peer in contestants.items():
+            taken = peer.run(what, count)
+            if turn:
+                seconds[name].append(taken)
+    return {name: round(count / statistics.median(all_), 2) for name, all_ in seconds.items()}
+
+
+def best_ubatch(path: Path, threads: int) -> Peer:
+    return peers.best_llama_cpp(path, threads)[0]
+
+
+def decode(preset: str, options: argparse.Namespace) -> Iterator[Row]:
+    """Writing, each format against the rival formats of its size."""
+    made = peers.files(preset, options.directory)
+    for weights, rivals in RIVALS.items():
+        with ExitStack() as stack:
+            field = {
+                "dense": roost_model(preset, options.directory, weights, options.threads, skip_zeros=False),
+                "sparse": roost_model(preset, options.directory, weights, options.threads),
+                **{kind: peers.llama_cpp(made[kind], options.threads) for kind in rivals if kind in made},
+            }
+            for peer in field.values():
+                stack.enter_context(peer)
+            speed = race(field, "decode", options.steps, options.rounds)
+            rival = max(speed[kind] for kind in rivals if kind in speed)
+            yield {
+                "part": "decode", "model": preset, "weights": weights, "tokens_per_s": speed,
+                "dense_ratio": round(speed["dense"] / rival, 3), "sparse_ratio": round(speed["sparse"] / rival, 3),
+                "peak_bytes": field["dense"].peak_bytes(), "load_s": round(field["dense"].load_s, 3),
+                "file_bytes": (options.directory / f"{preset}.{weights}{packed.ENDING}").stat().st_size,
+            }  # fmt: skip
+
+
+def prefill(preset: str, options: argparse.Namespace) -> Iterator[Row]:
+    """Reading 512 and 2048 tokens, against llama.cpp's fastest format."""
+    made = peers.files(preset, options.directory)
+    with ExitStack() as stack:
+        rivals = {kind: stack.enter_context(best_ubatch(path, options.threads)) for kind, path in made.items() if kind != "pth"}
+        ours = {
+            weights: stack.enter_context(roost_model(preset, options.directory, weights, options.threads))
+            for weights in RIVALS
+        }
+        first = race(rivals, "prefill", 512, 1)
+        fastest = max(first, key=lambda kind: first[kind])
+        for count in (512, 2048):
+            speed = race({**ours, fastest: rivals[fastest]}, "prefill", count, options.rounds)
+            ratios = {weights: round(speed[weights] / speed[fastest], 3) for weights in ours}
+            yield {"part": "prefill", "model": preset, "tokens": count, "tokens_per_s": speed, "ratios": ratios}
+
+
+def package(preset: str, options: argparse.Namespace) -> Iterator[Row]:
+    """Both against the `rwkv` package in its faster CPU strategy."""
+    path = peers.files(preset, options.directory, ())["pth"]
+    for strategy in peers.RWKV_STRATEGIES:
+        with (
+            roost_model(preset, options.directory, "bf16", options.threads) as ours,
+            peers.rwkv_package(path, options.threads, strategy) as theirs,
+        ):
+            for what, count in (("prefill", 512), ("decode", options.steps)):
+                speed = race({"bf16": ours, strategy: theirs}, what, count, options.rounds)
+                ratio = round(speed["bf16"] / speed[strategy], 3)
+                yield {"part": "rwkv package", "model": preset, "what": what, "tokens_per_s": speed, "ratio": ratio}
+
+
+def products(preset: str, options: argparse.Namespace) -> Iterator[Row]:
+    """The FLOP/s of reading 512 tokens, against torch's bf16 matrix products alone at M = 512 on the same shapes."""
+    c = PRESETS[preset]
+    shapes = [(c.dim_att, c.n_embd)] * 4 + [(c.n_embd, c.dim_att), (c.dim_ffn, c.n_embd), (c.n_embd, c.n_embd)]
+    shapes.append((c.n_embd, c.dim_ffn))
+    flops = 2 * 512 * sum(n * k for n, k in shapes)
+    pairs = [(torch.randn(512, k).bfloat16(), torch.randn(n, k).bfloat16()) for n, k in shapes]
+
+    def multiply() -> None:
+        for x, w in pairs:
+            torch.nn.functional.linear(x, w)
+
+    with roost_model(preset, options.directory, "bf16", options.threads) as ours, torch.no_grad():
+        ours.run("prefill", 512)
+        alone, whole = [], []
+        for _ in range(options.rounds):
+            alone.append(alternate({"torch": multiply}, rounds=1)["torch"]["median_s"])
+            whole.append(ours.run("prefill", 512))
+    torch_flops = flops / statistics.median(alone)
+    our_flops = flops * c.n_layer / statistics.median(whole)
+    yield {
+        "part": "products", "model": preset, "torch_gflops": round(torch_flops / 1e9, 1),
+        "prefill_gflops": round(our_flops / 1e9, 1), "ratio": round(our_flops / torch_flops, 3),
+    }  # fmt: skip
+
+
+def read_bandwidth(threads: int) -> float:
+    """Bytes per second of the best plain read: 2 MiB pages where the system gives them, one to four streams a thread."""
+    size = 2 << 30
+    area = mmap.mmap(-1, size)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        area.madvise(mmap.MADV_HUGEPAGE)
+    data = np.frombuffer(area, np.uint8)
+    data[:: 1 << 12] = 1
+    read = native.function("roost_selftest_read", [c_void_p, c_long, c_int, c_int])
+    best = float("inf")
+    for streams in (1, 2, 4):
+        for _ in range(4):
+            began = time.perf_counter()
+            native.check(read(data.ctypes.data, size, threads, streams))
+            best = min(best, time.perf_counter() - began)
+    return size / best
+
+
+def bandwidth(preset: str, options: argparse.Namespace) -> Iterator[Row]:
+    """Bytes of weights that writing reads per second, against the best plain read of this machine; alternating."""
+    for weights in RIVALS:
+        model, _ = roost.load(options.directory / f"{preset}.{weights}{packed.ENDING}", threads=options.threads)
+        size = model.bytes_per_token()
+        del model
+        with roost_model(preset, options.directory, weights, options.threads, skip_zeros=False) as ours:
+            ours.run("decode", options.steps)
+            plain, used = [], []
+            for _ in range(options.rounds):
+                plain.append(read_bandwidth(options.threads))
+                used.append(size * options.steps / ours.run("decode", options.steps))
+        yield {
+            "part": "bandwidth", "model": preset, "weights": weights, "bytes_per_token": size,
+            "read_GB_per_s": round(max(plain) / 1e9, 2), "used_GB_per_s": round(statistics.median(used) / 1e9, 2),
+            "ratio": round(statistics.median(used) / max(plain), 3),
+        }  # fmt: skip
+
+
+def rows(preset: str, options: argparse.Namespace) -> Iterator[Row]:
+    """Sixteen sequences at once against one, in tokens per second."""
+    with roost_model(preset, options.directory, "int8", options.threads) as ours:
+        one, many = [], []
+        for _ in range(options.rounds + 1):
+            one.append(options.steps / ours.run("decode", options.steps))
+            many.append(16 * 8 / ours.run("decode 16", 8))
+    ratio = statistics.median(many[1:]) / statistics.median(one[1:])
+    yield {"part": "16 rows", "model": preset, "one": one[1:], "sixteen": many[1:], "ratio": round(ratio, 3)}
+
+
+def neighbour(preset: str, options: argparse.Namespace) -> Iterator[Row]:
+    """Writing while another process keeps the last core busy, against the own quiet speed; every engine."""
+    made, core = peers.files(preset, options.directory), (os.cpu_count() or 1) - 1
+    field: dict[str, Callable[[], Peer]] = {
+        "roost int8": lambda: roost_model(preset, options.directory, "int8", options.threads),
+        "llama.cpp q8_0": lambda: peers.llama_cpp(made["q8_0"], options.threads),
+        "rwkv cpu fp32": lambda: peers.rwkv_package(made["pth"], options.threads, "cpu fp32"),
+    }
+    for name, start in field.items():
+        if (name.startswith("llama") and not importlib.util.find_spec("llama_cpp")) or "q8_0" not in made:
+            continue
+        with start() as peer:
+            peer.run("decode", options.steps)
+            quiet, busy = [], []
+            for _ in range(options.rounds):
+                quiet.append(peer.run("decode", options.steps))
+                spin = f"import os\nos.sched_setaffinity(0, [{core}])\nwhile True: pass"
+                other = subprocess.Popen([sys.executable, "-c", spin])
+                time.sleep(0.3)
+                busy.append(peer.run("decode", options.steps))
+                other.kill()
+                other.wait()
+        ratio = statistics.median(quiet) / statistics.median(busy)
+        yield {"part": "busy neighbour", "model": preset, "engine": name, "kept": round(ratio, 3)}
+
+
+PARTS = {one.__name__: one for one in (decode, prefill, package, products, bandwidth, rows, neighbour)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("directory", type=Path, help="where the models are, or shall be")
+    parser.add_argument("--models", nargs="+", default=["finch-0.1b", "finch-1.6b"])
+    parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=PARTS)
+    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=32, help="tokens written at a time")
+    parser.add_argument("--out", help="write JSON here instead of standard output")
+    options = parser.parse_args()
+    options.directory.mkdir(parents=True, exist_ok=True)
+    found: list[Row] = []
+    for preset in options.models:
+        for part in options.parts:
+            for row in PARTS[part](preset, options):
+                print(json.dumps(row), file=sys.stderr, flush=True)
+                found.append(row)
+    write("cpu", found, options.out)
+
+
+if __name__ == "__main__":
+    main()

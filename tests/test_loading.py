@@ -1,0 +1,154 @@
+"""roost.load: which model a call means, and the packed file beside a checkpoint."""
+
+from __future__ import annotations
+
+import os
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+
+import roost
+from roost import NativeModel, native
+from roost.formats import packed
+from tiny import tiny_model
+
+native_only = pytest.mark.skipif(not native.available(), reason=native.why_not())
+IDS = torch.arange(20)[None]
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    path = tmp_path / "model.pth"
+    tiny_model().save(path)
+    return path
+
+
+@native_only
+@pytest.mark.parametrize("weights", ["fp32", "bf16", "int8", "int4"])
+def test_the_packed_file_is_made_once_and_used_again(checkpoint: Path, weights: str) -> None:
+    model, tokenizer = roost.load(checkpoint, backend="native", weights=weights, threads=2)
+    kept = checkpoint.with_name(f"model.{weights}.roost")
+    assert kept.is_file() and model.threads == 2 and model.weights == weights
+    assert tokenizer is not None and tokenizer.vocab_size == 257
+    made = kept.stat().st_mtime_ns
+    again, _ = roost.load(checkpoint, backend="native", weights=weights)
+    assert kept.stat().st_mtime_ns == made and torch.equal(again(IDS)[0], model(IDS)[0])
+    direct, _ = roost.load(kept)
+    assert isinstance(direct, NativeModel) and torch.equal(direct(IDS)[0], model(IDS)[0])
+    assert direct.fingerprint == roost.load(checkpoint)[0].fingerprint
+
+
+@native_only
+@pytest.mark.parametrize("fault", ["changed checkpoint", "truncated", "flipped", "garbage", "another format"])
+def test_a_stale_or_damaged_cache_is_made_again(checkpoint: Path, fault: str) -> None:
+    roost.load(checkpoint, backend="native", weights="int8")
+    kept = checkpoint.with_name("model.int8.roost")
+    if fault == "changed checkpoint":
+        tiny_model(seed=5).save(checkpoint)
+    elif fault == "another format":
+        model, _ = roost.load(checkpoint)
+        packed.pack(model.state_dict(), model.config, kept, weights_format="bf16", source=packed.source_of(checkpoint))
+    else:
+        data = bytearray(kept.read_bytes())
+        data[-1] ^= fault == "flipped"
+        kept.write_bytes({"truncated": data[:-1], "flipped": data, "garbage": b"x" * 100}[fault])
+    model, _ = roost.load(checkpoint, backend="native", weights="int8")
+    fresh, _ = roost.load(checkpoint, backend="native", weights="int8", keep=False)
+    assert torch.equal(model(IDS)[0], fresh(IDS)[0]) and model.fingerprint == fresh.fingerprint
+    assert torch.equal(roost.load(kept)[0](IDS)[0], fresh(IDS)[0])  # and the file is good again
+
+
+@native_only
+def test_nothing_is_left_behind_where_nothing_may_be_kept(checkpoint: Path) -> None:
+    model, _ = roost.load(checkpoint, backend="native", weights="int8", keep=False)
+    assert sorted(file.name for file in checkpoint.parent.iterdir()) == ["model.pth"]
+    model(IDS)  # its file is gone, its memory is not
+    assets = Path(roost.__file__).parent / "assets"
+    before = sorted(assets.iterdir())
+    roost.load("nestling", backend="native", weights="int4")
+    assert sorted(assets.iterdir()) == before
+
+
+@native_only
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_directory_that_cannot_be_written(checkpoint: Path) -> None:
+    checkpoint.parent.chmod(0o500)
+    try:
+        roost.load(checkpoint, backend="native")
+    finally:
+        checkpoint.parent.chmod(0o700)
+
+
+@native_only
+def test_several_threads_share_one_model(checkpoint: Path) -> None:
+    model, _ = roost.load(checkpoint, backend="native", weights="int8", threads=2)
+    wanted, found = model(IDS)[0], list[bool]()
+    threads = [
+        threading.Thread(target=lambda: found.extend(torch.equal(model(IDS)[0], wanted) for _ in range(20)))
+        for _ in range(4)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == [True] * 80
+
+
+@native_only
+def test_generation_and_scores_take_either_model() -> None:
+    model, tokenizer = roost.load("nestling", backend="native", weights="fp32", threads=1)
+    other, _ = roost.load("nestling")
+    assert tokenizer is not None
+    greedy = roost.Sampling(temperature=0)
+    a = roost.generate(model, tokenizer, "In the beginning", greedy, max_tokens=40)
+    b = roost.generate(other, tokenizer, "In the beginning", greedy, max_tokens=40)
+    assert a.text == b.text and a.state.tokens == b.state.tokens
+    scores = [roost.bits_per_byte(one, tokenizer, "a text to be scored").bits for one in (model, other)]
+    assert scores[0] == pytest.approx(scores[1], rel=1e-5)
+
+
+@native_only
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"backend": "cuda"}, "cuda"),
+        ({"backend": "native", "weights": "int5"}, "int"),
+        ({"backend": "native", "threads": 0}, "threads"),
+        ({"backend": "native", "threads": 100_000}, "threads"),
+        ({"backend": "native", "dtype": torch.bfloat16}, "dtype"),
+        ({"backend": "native", "device": "meta"}, "CPU"),
+        ({"weights": "int8"}, "backend='native'"),
+        ({"threads": 2}, "backend='native'"),
+    ],
+)
+@pytest.mark.usefixtures("unchecked")
+def test_bad_arguments(checkpoint: Path, arguments: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        roost.load(checkpoint, **arguments)  # type: ignore[call-overload]
+    assert sorted(file.name for file in checkpoint.parent.iterdir()) == ["model.pth"]
+
+
+@native_only
+def test_a_packed_file_is_native_and_is_what_it_is(checkpoint: Path) -> None:
+    roost.load(checkpoint, backend="native", weights="int8")
+    kept = checkpoint.with_name("model.int8.roost")
+    with pytest.raises(ValueError, match="packed"):
+        roost.load(kept, backend="torch")
+    with pytest.raises(ValueError, match="int8"):
+        roost.load(kept, backend="native", weights="int4")
+
+
+def test_dove_has_no_native_form(tmp_path: Path) -> None:
+    tiny_model("dove-tiny").save(tmp_path / "dove.pth")
+    with pytest.raises(ValueError, match="Dove"):
+        roost.load(tmp_path / "dove.pth", backend="native")
+    assert [file.name for file in tmp_path.iterdir()] == ["dove.pth"]
+
+
+def test_without_the_library_the_reason_is_said(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "_load", lambda: (None, "no compiler"))
+    with pytest.raises(ValueError, match="no compiler"):
+        roost.load(checkpoint, backend="native")
+    assert roost.load(checkpoint)[0](IDS)[0].shape == (1, 20, 257)
