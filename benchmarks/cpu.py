@@ -1,4 +1,4 @@
-"""The native CPU model against llama.cpp, the `rwkv` package, torch and the machine: every figure of the README's table.
+"""The native CPU model against llama.cpp, the `rwkv` package, torch and the machine: the figures of the README.
 
     python benchmarks/cpu.py DIRECTORY [--models finch-1.6b ..] [--parts decode prefill ..] [--rounds N] [--out FILE]
 
@@ -89,7 +89,11 @@ def prefill(preset: str, options: argparse.Namespace) -> Iterator[Row]:
     """Reading 512 and 2048 tokens, against llama.cpp's fastest format."""
     made = peers.files(preset, options.directory)
     with ExitStack() as stack:
-        rivals = {kind: stack.enter_context(best_ubatch(path, options.threads)) for kind, path in made.items() if kind != "pth"}
+        rivals = {
+            kind: stack.enter_context(best_ubatch(path, options.threads))
+            for kind, path in made.items()
+            if kind != "pth"
+        }
         ours = {
             weights: stack.enter_context(roost_model(preset, options.directory, weights, options.threads))
             for weights in RIVALS
@@ -117,7 +121,7 @@ def package(preset: str, options: argparse.Namespace) -> Iterator[Row]:
 
 
 def products(preset: str, options: argparse.Namespace) -> Iterator[Row]:
-    """The FLOP/s of reading 512 tokens, against torch's bf16 matrix products alone at M = 512 on the same shapes."""
+    """The FLOP/s of reading 512 tokens, against torch's bf16 products alone at M = 512 on the same shapes."""
     c = PRESETS[preset]
     shapes = [(c.dim_att, c.n_embd)] * 4 + [(c.n_embd, c.dim_att), (c.dim_ffn, c.n_embd), (c.n_embd, c.n_embd)]
     shapes.append((c.n_embd, c.dim_ffn))
@@ -161,7 +165,7 @@ def read_bandwidth(threads: int) -> float:
 
 
 def bandwidth(preset: str, options: argparse.Namespace) -> Iterator[Row]:
-    """Bytes of weights that writing reads per second, against the best plain read of this machine; alternating."""
+    """Bytes of weights that writing reads per second, against the best plain read here; alternating."""
     for weights in RIVALS:
         model, _ = roost.load(options.directory / f"{preset}.{weights}{packed.ENDING}", threads=options.threads)
         size = model.bytes_per_token()

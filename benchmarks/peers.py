@@ -209,6 +209,27 @@ def _rwkv(path: str, threads: str, strategy: str) -> Call:
     return lambda what, tokens: _timed(read, what, tokens)
 
 
+def _roost(path: str, threads: str, skip_zeros: str) -> Call:
+    from roost.formats.packed import open_packed
+    from roost.models.native import NativeModel
+
+    opened = open_packed(Path(path), threads=int(threads))
+    model = NativeModel(opened.config, opened.tensors, threads=int(threads), skip_zeros=skip_zeros == "1")
+    vocab = opened.config.vocab_size
+    state: Any = None
+
+    def read(start: int, count: int, rows: int = 1) -> None:
+        nonlocal state
+        ids = torch.arange(start, start + count).mul(7919).remainder(vocab - 1).add(1).expand(rows, -1)
+        _, state = model(ids, None if start == 0 else state, last_only=True)
+
+    def call(what: str, tokens: int) -> float:
+        name, _, rows = what.partition(" ")
+        return _timed(lambda start, count: read(start, count, int(rows or 1)), name, tokens)
+
+    return call
+
+
 def _timed(read: Callable[[int, int], None], what: str, tokens: int) -> float:
     first = 16
     if what == "decode":
@@ -278,6 +299,6 @@ if __name__ == "__main__":
         if kind == "quantise":
             _quantise(*arguments)
         else:
-            _work(lambda: (_llama if kind == "llama" else _rwkv)(*arguments))
+            _work(lambda: {"llama": _llama, "rwkv": _rwkv, "roost": _roost}[kind](*arguments))
     else:
         main()

@@ -26,3 +26,20 @@ ROOST_API int roost_selftest_pool(int threads, long rounds, uint64_t* cells, int
         });
     });
 }
+
+// Reads `bytes` bytes as fast as plain loads go, each thread its own part in `streams` streams: for measurements.
+ROOST_API int roost_selftest_read(const uint64_t* data, long bytes, int threads, int streams) {
+    return roost::guarded([&] {
+        if (streams < 1 || streams > 64 || bytes < 0) throw roost::Error("impossible number of streams or bytes");
+        roost::parallel(threads, [&](const roost::Region& region) {
+            long first, last;
+            region.slice(bytes / 8, 8 * streams, first, last);
+            const long length = (last - first) / streams / 8 * 8;
+            uint64_t sums[8] = {};
+            for (long i = 0; i < length; i += 8)
+                for (int s = 0; s < streams; s++)
+                    for (int j = 0; j < 8; j++) sums[j] += data[first + s * length + i + j];
+            for (uint64_t& sum : sums) asm volatile("" : "+r"(sum));  // the reads are the purpose
+        });
+    });
+}

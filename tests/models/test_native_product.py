@@ -1,0 +1,55 @@
+"""One packed matrix: a product is what its format says, on every instruction set, for every height and thread count."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from roost import native
+from roost.formats.panels import pack_matrix, unpack_matrix
+from roost.models.native import KINDS, product
+
+pytestmark = pytest.mark.skipif(not native.available(), reason=native.why_not())
+
+
+def error(found: torch.Tensor, wanted: torch.Tensor) -> float:
+    return float((found.double() - wanted.double()).norm() / wanted.double().norm())
+
+
+SHAPES = [(1, 1, 1), (33, 65, 2), (64, 64, 7), (96, 200, 13), (257, 896, 3)]
+
+
+def exact_product(kind: str, packed: np.ndarray, N: int, K: int, x: torch.Tensor) -> torch.Tensor:
+    """What the format says, in fp64: its own weights times activations rounded as the format rounds them."""
+    w = unpack_matrix(kind, packed, N, K).double()
+    if kind == "bf16":
+        x = x.bfloat16()
+    elif kind not in ("f32", "w16"):
+        full = 32512 if kind == "i8 fine" else 127
+        padded = torch.nn.functional.pad(x, (0, -K % 64)).unflatten(-1, (-1, 64))
+        scale = padded.abs().amax(-1, keepdim=True) / full
+        x = (torch.where(scale > 0, padded / scale, 0).round() * scale).flatten(-2)[:, :K]
+    return x.double() @ w.T
+
+
+@pytest.mark.parametrize("isa", native.ISAS)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_product_is_what_the_format_says(shape: tuple[int, int, int], kind: str, isa: str) -> None:
+    if isa not in native.supported_isas():
+        pytest.skip(f"this machine has no {isa}")
+    N, K, M = shape
+    generator = torch.Generator().manual_seed(N)
+    w = torch.randn(N, K, generator=generator).bfloat16().float() / K**0.5
+    x = torch.randn(M, K, generator=generator)
+    packed = pack_matrix(kind, w)
+    with native.forced_isa(isa):
+        results = [product(kind, packed, N, K, x, threads=threads) for threads in (1, 2, 5)]
+    wanted = exact_product(kind, packed, N, K, x)
+    # fp32 sums; a rounding of an activation that falls on the other side of a tie moves one step of 1/127 or 1/32512
+    assert error(results[0], wanted) < (5e-4 if kind in ("i8", "i4") else 2e-6)
+    assert all(torch.equal(results[0], other) for other in results)
+    for row in range(M):
+        with native.forced_isa(isa):
+            assert torch.equal(product(kind, packed, N, K, x[row : row + 1])[0], results[0][row])
