@@ -147,7 +147,7 @@ def products(preset: str, options: argparse.Namespace) -> Iterator[Row]:
 
 
 def read_bandwidth(threads: int) -> float:
-    """Bytes per second of the best plain read: 2 MiB pages where the system gives them, one to four streams a thread."""
+    """Bytes per second of the best plain read: 2 MiB pages where there are some, one to four streams a thread."""
     size = 2 << 30
     area = mmap.mmap(-1, size)
     if hasattr(mmap, "MADV_HUGEPAGE"):
