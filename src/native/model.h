@@ -14,12 +14,12 @@ constexpr long unit = 64;   // columns that one thread owns together: a quantisa
 enum class Format : int { f32, w16, bf16, i8, i8_fine, i4 };  // layouts: docs/native.md
 enum class Inputs : int { f32, bf16, s8, s16 };                // how activations meet a format
 
-inline long round_up(long n, long to) { return (n + to - 1) / to * to; }
-inline Inputs inputs_of(Format f) {
+static inline long round_up(long n, long to) { return (n + to - 1) / to * to; }
+static inline Inputs inputs_of(Format f) {
     return f == Format::bf16 ? Inputs::bf16 : f == Format::i8_fine ? Inputs::s16
            : f == Format::i8 || f == Format::i4 ? Inputs::s8 : Inputs::f32;
 }
-inline long panel_bytes(Format f, long K) {  // of 32 outputs; K is padded to whole groups where there are groups
+static inline long panel_bytes(Format f, long K) {  // of 32 outputs; K is padded to whole groups where there are groups
     const long Kp = round_up(K, unit);
     switch (f) {
         case Format::f32: return 128 * K;
@@ -69,7 +69,7 @@ struct Model {
     Layer* layers;
 };
 
-inline long nonzero_room(long F) { return round_up(F, unit) + round_up(F, unit) / 32 + 16; }
+static inline long nonzero_room(long F) { return round_up(F, unit) + round_up(F, unit) / 32 + 16; }
 
 struct LayerState { const float *att, *wkv, *ffn; float *att_out, *wkv_out, *ffn_out; };  // (n, D), (n, H, N, N), (n, D)
 
