@@ -11,7 +11,7 @@ namespace roost {
 constexpr long panel = 32;  // outputs that share a panel of a packed matrix
 constexpr long unit = 64;   // columns that one thread owns together: a quantisation group of activations, two panels
 
-enum class Format : int { f32, w16, bf16, i8, i8_fine, i4 };  // layouts: docs/native.md
+enum class Format : int { f32, w16, bf16, i8, i8_fine, i4 };  // layouts: pack.cpp
 enum class Inputs : int { f32, bf16, s8, s16 };                // how activations meet a format
 
 static inline long round_up(long n, long to) { return (n + to - 1) / to * to; }
