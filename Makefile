@@ -32,8 +32,8 @@ sanitize: .venv/installed-test
 	$(INSTALL) --no-deps --target build/sanitized --config-settings=build-dir=build/sanitize \
 	  --config-settings=cmake.define.ROOST_WERROR=ON "--config-settings=cmake.define.ROOST_SANITIZE=address,undefined" .
 	LD_PRELOAD="$$(for one in asan ubsan stdc++; do $(CXX) -print-file-name=lib$$one.so; done | xargs)" \
-	  ASAN_OPTIONS=detect_leaks=0 $(BIN)/python -m pytest -n 2 -k "$(SANITIZED)" -m "not slow" \
-	  --native-library build/sanitized/roost/_native.so $(TESTFLAGS)
+	  ASAN_OPTIONS=detect_leaks=0 $(BIN)/python -m pytest -n 2 tests -k "$(SANITIZED)" -m "not slow" \
+	  --native-library=build/sanitized/roost/_native.so $(TESTFLAGS)
 
 # The paths for AMX on machines without it (but with AVX-512): a library that emulates the tile instructions.
 test-amx: .venv/installed-test
@@ -41,7 +41,7 @@ test-amx: .venv/installed-test
 	$(INSTALL) --no-deps --target build/amx --config-settings=build-dir=build/emulate-amx \
 	  --config-settings=cmake.define.ROOST_WERROR=ON --config-settings=cmake.define.ROOST_EMULATE_AMX=ON .
 	$(BIN)/python -m pytest -n 2 -m "not slow" tests/models/test_native.py tests/models/test_native_amx.py \
-	  --native-library build/amx/roost/_native.so $(TESTFLAGS)
+	  --native-library=build/amx/roost/_native.so $(TESTFLAGS)
 
 clean:
 	rm -rf .venv build .pytest_cache .ruff_cache .hypothesis .coverage*
