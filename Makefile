@@ -1,6 +1,6 @@
 # demo: nestling reads a document and writes on   test: everything is tested   check: style, types, layers
 # bench: the measured figures as JSON   sanitize: the tests of the native library under ASan and UBSan
-# test-amx: the paths for AMX, emulated
+# test-amx: the paths for AMX, emulated   fuzz: the tokenizer (with clang) and files, FUZZ_SECONDS each
 # The first use of each creates .venv and installs the versions in constraints.txt. With a C++ compiler that also builds
 # the native library, anew whenever its sources change; without one roost works in plain torch (`roost info` says so).
 # WERROR=ON: compiler warnings are errors.
@@ -11,7 +11,10 @@ SANITIZED := (native or tokenizer or packed or panels or fuzz) and not (bench or
 INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
 	$(if $(WERROR),--config-settings=cmake.define.ROOST_WERROR=$(WERROR))
 
-.PHONY: demo test check bench sanitize test-amx clean
+FUZZ_SECONDS ?= 60
+CLANG ?= $(firstword $(foreach name,clang++ $(foreach version,21 20 19 18 17 16 15 14,clang++-$(version)),$(shell command -v $(name))))
+
+.PHONY: demo test check bench sanitize test-amx fuzz clean
 
 demo: .venv/installed
 	@$(BIN)/roost demo
@@ -42,6 +45,19 @@ test-amx: .venv/installed-test
 	  --config-settings=cmake.define.ROOST_WERROR=ON --config-settings=cmake.define.ROOST_EMULATE_AMX=ON .
 	$(BIN)/python -m pytest -n 2 -m "not slow" tests/models/test_native.py tests/models/test_native_amx.py \
 	  --native-library=build/amx/roost/_native.so $(TESTFLAGS)
+
+# Inputs that crash are kept: of the tokenizer under build/fuzz, of files as the seed that makes the file again.
+fuzz: .venv/installed-test
+	@mkdir -p build/fuzz/corpus
+ifeq ($(CLANG),)
+	@echo "the tokenizer is fuzzed with clang's libFuzzer, and there is no clang: on Debian and Ubuntu, apt install clang" >&2
+else
+	$(CLANG) -std=c++20 -O1 -g -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=all -Isrc/native \
+	  tests/fuzz/tokenizer.cpp $(patsubst %,src/native/%.cpp,tokenizer trie isa pool) -pthread -o build/fuzz/tokenizer
+	build/fuzz/tokenizer -max_total_time=$(FUZZ_SECONDS) -max_len=4096 -len_control=0 -artifact_prefix=build/fuzz/ -print_final_stats=1 \
+	  build/fuzz/corpus
+endif
+	$(BIN)/python tests/fuzz/files.py --seconds $(FUZZ_SECONDS)
 
 clean:
 	rm -rf .venv build .pytest_cache .ruff_cache .hypothesis .coverage*

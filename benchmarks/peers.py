@@ -22,6 +22,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +31,16 @@ from common import write
 from torch import Tensor
 
 from roost import PRESETS, RWKV, ModelConfig, checkpoint
+from roost.formats.gguf import Quantised
 from roost.models.rwkv import save_weights
 
+DTYPES: dict[str, torch.dtype | Quantised] = {
+    "fp16": torch.float16,
+    "bf16": torch.bfloat16,
+    "q8_0": "q8_0",
+    "q4_0": "q4_0",
+}
+"""What roost writes of them."""
 GGUF_FORMATS = ("fp16", "bf16", "q8_0", "q4_0", "q4_K")
 RWKV_STRATEGIES = ("cpu fp32", "cpu bf16")
 UBATCHES = (128, 256, 512, 2048)
@@ -76,7 +85,7 @@ def files(preset: str, directory: Path, formats: tuple[str, ...] = GGUF_FORMATS)
         elif kind == "q4_K":
             del found[kind]  # only llama.cpp writes it
         else:
-            checkpoint.convert(found["pth"], path, dtype=checkpoint.DTYPES.get(kind, kind))  # type: ignore[arg-type]
+            checkpoint.convert(found["pth"], path, dtype=DTYPES[kind])
     return found
 
 
@@ -254,12 +263,12 @@ def _quantise(source: str, target: str, kind: str) -> None:
 
 
 def _silence(L: Any) -> None:
-    L.llama_log_set(_quiet(L), None)
+    L.llama_log_set(_no_log(L), None)
 
 
-def _quiet(L: Any, kept: list[Any] = []) -> Any:  # noqa: B006 (ctypes needs the callback to stay alive)
-    kept.append(L.llama_log_callback(lambda level, text, data: None))
-    return kept[-1]
+@cache  # ctypes needs the callback to stay alive
+def _no_log(L: Any) -> Any:
+    return L.llama_log_callback(lambda level, text, data: None)
 
 
 def _rows(options: argparse.Namespace) -> Iterator[dict[str, Any]]:

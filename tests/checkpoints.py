@@ -21,6 +21,18 @@ BonusName = Literal["time_first", "time_faaaa"]
 
 VERSIONS: tuple[Version, ...] = ("4", "5.0", "5.1", "5.2", "6")
 
+READABLE: dict[str, tuple[Version, BonusName | None, bool]] = {
+    "4": ("4", None, False),
+    "5.0": ("5.0", "time_first", False),
+    "5.0-raw": ("5.0", "time_faaaa", False),
+    "5.1": ("5.1", "time_faaaa", False),
+    "5.1-exp": ("5.1", "time_first", False),
+    "5.2": ("5.2", None, False),
+    "6": ("6", None, False),
+    "6-state": ("6", None, True),
+}
+"""Everything the `rwkv` package reads: the version, the name of its bonus, and whether a state was tuned."""
+
 
 def make_checkpoint(
     version: Version,

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import threading
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 import roost
-from roost import NativeModel, native
-from roost.formats import packed
+from roost import NativeModel, WorldTokenizer, native
+from roost.formats import gguf, packed
 from tiny import tiny_model
 
 native_only = pytest.mark.skipif(not native.available(), reason=native.why_not())
@@ -61,6 +64,16 @@ def test_a_stale_or_damaged_cache_is_made_again(checkpoint: Path, fault: str) ->
 
 
 @native_only
+def test_the_vocabulary_of_a_file_is_found_beside_a_kept_copy_too(tmp_path: Path) -> None:
+    own = WorldTokenizer({id: bytes([(id + 60) % 256]) for id in range(1, 257)}, 257)
+    model = tiny_model()
+    gguf.save(tmp_path / "own.gguf", model.config, model.state_dict(), own)
+    for _ in range(2):
+        assert roost.load(tmp_path / "own.gguf", backend="native")[1] == own
+    assert (tmp_path / "own.gguf.bf16.roost").is_file()
+
+
+@native_only
 def test_nothing_is_left_behind_where_nothing_may_be_kept(checkpoint: Path) -> None:
     model, _ = roost.load(checkpoint, backend="native", weights="int8", keep=False)
     assert sorted(file.name for file in checkpoint.parent.iterdir()) == ["model.pth"]
@@ -71,14 +84,40 @@ def test_nothing_is_left_behind_where_nothing_may_be_kept(checkpoint: Path) -> N
     assert sorted(assets.iterdir()) == before
 
 
-@native_only
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
-def test_a_directory_that_cannot_be_written(checkpoint: Path) -> None:
+@pytest.fixture
+def read_only(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """No file can be made beside the checkpoint, not even by root, to whom modes mean nothing; the names tried."""
+    original, tried = os.open, list[str]()
+
+    def guarded(path: str | Path, flags: int, mode: int = 0o777, **rest: Any) -> int:
+        if flags & os.O_CREAT and Path(path).parent == checkpoint.parent:
+            tried.append(Path(path).name)
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return original(path, flags, mode, **rest)
+
+    monkeypatch.setattr(os, "open", guarded)
     checkpoint.parent.chmod(0o500)
-    try:
-        roost.load(checkpoint, backend="native")
-    finally:
-        checkpoint.parent.chmod(0o700)
+    yield tried
+    checkpoint.parent.chmod(0o700)
+
+
+@native_only
+def test_a_directory_that_cannot_be_written(checkpoint: Path, read_only: list[str]) -> None:
+    model, _ = roost.load(checkpoint, backend="native", weights="int8")
+    assert len(read_only) == 1 and [file.name for file in checkpoint.parent.iterdir()] == ["model.pth"]
+    wanted, _ = roost.load(checkpoint, backend="native", weights="int8", keep=False)
+    assert len(read_only) == 1 and torch.equal(model(IDS)[0], wanted(IDS)[0])
+
+
+@native_only
+def test_what_was_kept_is_used_where_nothing_can_be_written(
+    checkpoint: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted, _ = roost.load(checkpoint, backend="native", weights="int8")
+    tried = request.getfixturevalue("read_only")
+    monkeypatch.setattr(packed, "pack", None)
+    model, _ = roost.load(checkpoint, backend="native", weights="int8")
+    assert tried == [] and torch.equal(model(IDS)[0], wanted(IDS)[0])
 
 
 @native_only
@@ -119,6 +158,7 @@ def test_generation_and_scores_take_either_model() -> None:
         ({"backend": "native", "threads": 100_000}, "threads"),
         ({"backend": "native", "dtype": torch.bfloat16}, "dtype"),
         ({"backend": "native", "device": "meta"}, "CPU"),
+        ({"backend": "native", "dtype": torch.float32, "weights": "int4"}, "takes weights='int4'"),
         ({"weights": "int8"}, "backend='native'"),
         ({"threads": 2}, "backend='native'"),
     ],

@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import os
 import platform
+import re
+import shutil
 import subprocess
 import sys
 import threading
+from functools import cache
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
-from roost import native
+from roost import WorldTokenizer, load, native
+
+SOURCES = Path(__file__).parents[1] / "src/native"
 
 needs_library = pytest.mark.skipif(not native.available(), reason=native.why_not())
 
@@ -42,7 +49,70 @@ def test_a_foreign_library_has_a_reason() -> None:
     assert library is None and str(foreign) in reason and "roost_error" in reason
 
 
-def test_the_place_is_beside_the_package() -> None:
+def built_from(interface: str, folder: Path) -> Path:
+    """A library that can be loaded and in which no call would survive but the one that says what it was built from."""
+    code = "".join(f"const char* {name}() {{ return 0; }}\n" for name in ("roost_error", "roost_isa", "roost_best_isa"))
+    compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
+    if compiler is None:
+        pytest.skip("needs a C compiler")
+    made = folder / "_native.so"
+    command = [compiler, "-shared", "-fPIC", "-x", "c", "-", "-o", str(made)]
+    subprocess.run(command, input=code + interface, text=True, check=True, timeout=60)
+    return made
+
+
+STALE = [
+    ("", "older sources (interface 0, not"),
+    ("int roost_abi() { return -1; }", "older sources (interface -1, not"),
+    ("int roost_abi() { return 1000000; }", "newer sources (interface 1000000, not"),
+]
+
+
+@pytest.mark.parametrize(("interface", "reason"), STALE, ids=["none", "older", "newer"])
+def test_a_library_of_other_sources_is_not_used(
+    interface: str, reason: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """roost goes on in Python, with the same results, and says why."""
+    from roost.cli import main
+
+    stale = built_from(interface, tmp_path)
+    monkeypatch.setattr(native, "places", lambda: [stale])
+    monkeypatch.setattr(native, "_load", cache(native._load.__wrapped__))
+    assert not native.available() and f"{stale} was built from {reason}" in native.why_not()
+    assert "install roost again" in native.why_not()
+    assert main(["info"]) == 0 and native.why_not() in capsys.readouterr().out
+    tokenizer = WorldTokenizer()
+    assert tokenizer.decode(tokenizer.encode("Hüpf, Häschen!")) == "Hüpf, Häschen!"
+    with pytest.raises(ValueError, match="interface"):
+        load("nestling", backend="native")
+    model, _ = load("nestling")
+    assert model(torch.tensor([[72, 105]]))[0].isfinite().all()
+
+
+@needs_library
+def test_a_stale_file_does_not_hide_a_good_one(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    good = Path(native.library()._name)
+    monkeypatch.setattr(native, "places", lambda: [built_from("", tmp_path), good])
+    monkeypatch.setattr(native, "_load", native._load.__wrapped__)
+    assert native.available() and not native.why_not() and native.library()._name == str(good)
+
+
+INTERFACES = {1: "827ad185eb580f12"}
+
+
+def test_the_interface_has_a_number_of_its_own() -> None:
+    """Exported functions, and the struct that Python fills, are what they were when the number was last raised."""
+    sources = "".join(re.sub(r"//.*", "", path.read_text()) for path in sorted(SOURCES.glob("*.cpp")))
+    declared = re.findall(r"ROOST_API [^{;]*(?=[{;])", sources) + re.findall(r'extern "C" \{.*?\n\}', sources, re.S)
+    digest = hashlib.sha256(" ".join(" ".join(declared).split()).encode()).hexdigest()[:16]
+    number = int(re.findall(r"constexpr int abi = (\d+);", (SOURCES / "common.h").read_text())[0])
+    assert number == native.ABI, "abi in src/native/common.h and ABI in roost/native.py are one number"
+    assert {number: digest} == INTERFACES, "the interface changed: raise both numbers and write down the new digest"
+
+
+def test_the_place_is_beside_the_package(pytestconfig: pytest.Config) -> None:
+    if pytestconfig.getoption("--native-library"):
+        pytest.skip("another place was asked for")
     assert any((place.parent / "native.py").is_file() for place in native.places())
     assert {place.name for place in native.places()} == {"_native.so"}
 

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from checkpoints import VERSIONS, BonusName, Version, make_checkpoint, small_arrays
+from checkpoints import READABLE, VERSIONS, Version, make_checkpoint, small_arrays
 from roost.evaluation import oracle
 
 Weights = dict[str, np.ndarray]
@@ -27,17 +27,6 @@ TEXT = (
 TOKENS = [*TEXT.encode(), 0, 256, 299]
 SPLIT = 100
 """The package reads TOKENS[:SPLIT] in one call and the rest one by one: its two code paths."""
-
-CASES: dict[str, tuple[Version, BonusName | None, bool]] = {
-    "4": ("4", None, False),
-    "5.0": ("5.0", "time_first", False),
-    "5.0-raw": ("5.0", "time_faaaa", False),
-    "5.1": ("5.1", "time_faaaa", False),
-    "5.1-exp": ("5.1", "time_first", False),
-    "5.2": ("5.2", None, False),
-    "6": ("6", None, False),
-    "6-state": ("6", None, True),
-}
 
 PACKAGE = """
 import sys, torch
@@ -61,10 +50,10 @@ def package(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Weights
     """Per case: the checkpoint, and the `rwkv` package's logits and final state for it (fp32, CPU, own process)."""
     folder = tmp_path_factory.mktemp("package")
     made: dict[str, dict[str, torch.Tensor]] = {}
-    for case, (version, bonus_name, time_state) in CASES.items():
+    for case, (version, bonus_name, time_state) in READABLE.items():
         made[case] = make_checkpoint(version, bonus_name=bonus_name, time_state=time_state, seed=len(made))
         torch.save(made[case], folder / f"{case}.pth")
-    paths = {case: str(folder / case) for case in CASES}
+    paths = {case: str(folder / case) for case in READABLE}
     subprocess.run(
         [
             sys.executable,
@@ -82,7 +71,7 @@ def package(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Weights
     )
     out = torch.load(folder / "out.pt", weights_only=True)
     for case, path in paths.items():
-        assert out[path]["version"] == float(CASES[case][0])
+        assert out[path]["version"] == float(READABLE[case][0])
     return {
         case: (
             {name: value.numpy() for name, value in made[case].items()},
@@ -98,7 +87,7 @@ def distance(a: np.ndarray, b: np.ndarray) -> float:
     return float(np.abs(a - b).max() / b.std())
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", READABLE)
 def test_agrees_with_the_rwkv_package(
     case: str, package: dict[str, tuple[Weights, np.ndarray, list[np.ndarray]]]
 ) -> None:

@@ -6,8 +6,10 @@ import re
 import shlex
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from roost import NativeModel, native
 from roost.cli import parse
 
 ROOT = Path(__file__).parents[1]
@@ -18,13 +20,16 @@ def blocks(language: str) -> list[str]:
     return [code for name, code in re.findall(r"^```(\w*)\n(.*?)^```", README, re.S | re.M) if name == language]
 
 
-def test_the_python_example_runs(
+def test_the_python_examples_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    (code,) = blocks("python")
+    code, fast = blocks("python")
     names: dict[str, object] = {}
     exec(compile(code, "README.md", "exec"), names)
+    if native.available():
+        exec(compile(fast, "README.md", "exec"), names)
+        assert isinstance(names["fast"], NativeModel) and isinstance(names["ids"], np.ndarray)
     assert len(capsys.readouterr().out) > 20 and (tmp_path / "human.state").is_file()
 
 

@@ -28,7 +28,7 @@ inline Norm statistics(const float* x, long n, float eps) {
 
 inline float normalise(float x, Norm s, float w, float b) { return (x - s.mean) * s.scale * w + b; }
 
-// where the columns of a thread end; the last unit may be narrower than 64
+// how many columns the unit that begins at c has: 64, or what is left before `end`
 inline long narrow(long c, long end) { return c + unit < end ? unit : end - c; }
 
 template <class F> inline void columns(const Region& region, long width, F&& body) {
@@ -93,7 +93,7 @@ struct Worker {
             for (long t = p.offsets[s]; t < p.offsets[s + 1]; t++) body(t, s);
     }
 
-    // x_i = a_t + (a_{t-1} - a_t) * mix_i for Eagle's inputs, and for channel mixing; Eagle's mix counts a_t, not a_{t-1}
+    // Inputs mixed of a token and the one before it: Finch a_t + (a_{t-1} - a_t) maa, Eagle a_{t-1} + (a_t - a_{t-1}) mix
     void interpolate(const float* mix, const Activations& out, const float* shift, bool eagle) {
         rows([&](long t, long s) {
             const float *now = p.normed + t * m.D, *then = before(t, s, shift);
@@ -181,7 +181,8 @@ struct Worker {
         region.wait();
     }
 
-    // WKV, group norm and gate of the heads in columns [c, c + n): `tile` gets w - 1, then the output
+    // WKV, group norm and gate of the heads in columns [c, c + n): `tile` gets w - 1, `second` the output. Heads
+    // have 16, 32 or 64 channels, so none lies in two units
     void recur(const Layer& l, const LayerState& state, long c, long n) {
         if (m.finch) {
             const Activations low = plain(p.decay_low, m.decay_rank);

@@ -71,6 +71,9 @@ void set_error(const char* text) noexcept {
 
 }  // namespace roost
 
+// Which declarations this library was built from.
+ROOST_API int roost_abi() { return roost::abi; }
+
 // Why the last call of this thread that returned -1 did so.
 ROOST_API const char* roost_error() { return roost::message; }
 

@@ -1,6 +1,6 @@
 // Products with packed matrices: a panel of 32 outputs times R rows at a time. One accumulator per output and row,
-// inputs in rising order (integers exactly, groups of 64 in rising order): the bits of a row do not depend on R, on the
-// other rows, or on who computes the panel.
+// inputs in rising order. Of integers the sum of a group (64 inputs, int4: 32) is exact, and the groups are added as
+// floats in rising order. So the bits of a row do not depend on R, on the other rows, or on who computes the panel.
 //
 // Included after simd.h, once per instruction set.
 
@@ -61,13 +61,17 @@ inline void prepare(const Activations& a, long row, long c, const float* y, long
         for (long i = 0; i < unit; i++) out[i] = float_to_bf16(x[i]);
         return;
     }
-    V most = V{};
-    for (long i = 0; i < unit; i += lanes) most = maximum(most, absolute(load(x + i)));
-    float peak = 0;
-    for (int i = 0; i < lanes; i++) peak = most[i] > peak ? most[i] : peak;
+    V most = V{}, odd = V{};                  // odd: 0, or NaN where a number is not finite
+    for (long i = 0; i < unit; i += lanes) most = maximum(most, absolute(load(x + i))), odd += load(x + i) - load(x + i);
+    float peak = 0, wrong = 0;
+    for (int i = 0; i < lanes; i++) peak = most[i] > peak ? most[i] : peak, wrong += odd[i];
+    if (wrong != 0) {                         // the scale NaN, for all outputs; no code zero, lest find_nonzero skip it
+        for (float& one : x) one = 1.f;
+        peak = 1.f;
+    }
     const float full = a.kind == Inputs::s8 ? 127.f : 32512.f;   // 127 * 256: the high byte stays within +-127
-    const float inverse = peak > 0 ? full / peak : 0.f;
-    a.scale[row * (a.K / unit) + c / unit] = peak / full;
+    const float inverse = peak > 1e-33f ? full / peak : 0.f;     // below, it would be infinite or the scale denormal
+    a.scale[row * (a.K / unit) + c / unit] = peak / full + wrong;
     alignas(64) int32_t q[unit];
     for (long i = 0; i < unit; i += lanes) {
         const I rounded = round_to_int(load(x + i) * inverse);

@@ -232,6 +232,8 @@ void set_matrix(Matrix& W, int format, long N, long K, const void* data, long by
 
 using namespace roost;
 
+// sizes: is it Finch, has it a gate, layers, width, width of time mixing, width of channel mixing, vocabulary, head size,
+// ranks of the token shift and of the decay (0 in Eagle), skip zeros. Null with an error set when they are impossible.
 ROOST_API void* roost_model_new(const long* sizes, float group_norm_eps) {
     Handle* made = nullptr;
     guarded([&] {
@@ -298,6 +300,7 @@ ROOST_API int roost_model_set(void* model, long layer, const char* name, int for
     });
 }
 
+// -1 unless every tensor of the model was set, in shapes and formats that fit together.
 ROOST_API int roost_model_ready(void* model) {
     return guarded([&] { check_complete(static_cast<Handle*>(model)->model); });
 }

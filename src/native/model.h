@@ -44,7 +44,7 @@ struct Activations {         // M rows of K inputs in the form a matrix wants
     void* values;            // f32, bf16, or integers (see prepare in matmul.inl), row stride K elements
     int8_t* low;             // s16 with byte dot products: the low bytes; `values` then holds the high ones
     float* scale;            // s8, s16: one per row and group of 64
-    int32_t* sum;            // s8, s16: sum of the integers per row and group of 32
+    int32_t* sum;            // s8, s16: sum of the integers per row and 32 inputs, which takes the weights' zeros out
     const int32_t *nonzero, *starts;  // null, or of a single row the blocks that hold something: see matmul.inl
 };
 
@@ -87,7 +87,7 @@ struct Pass {                           // M tokens of n sequences, packed one a
     float* own;                         // per thread: two tiles of M * 64 floats
     long own_stride;
     int32_t* nonzero;                   // per thread: nonzero_room(F) numbers
-    Activations shift_in, in[5], out_in, ffn_k_in, ffn_r_in, ffn_v_in, head_in;
+    Activations shift_in, in[5], out_in, ffn_k_in, ffn_r_in, ffn_v_in, head_in;  // in: of decay1, k, v, r, g, as Layer::mix
     long* zeros;                        // per thread: inputs of ffn.value that were zero
 };
 

@@ -45,14 +45,18 @@ struct Shape {
         Kp = format == Format::f32 ? bytes / 128 : format == Format::w16 ? bytes / 64 : round_up(K, unit);
     }
     bool integer() const { return format >= Format::i8; }
+    float largest() const {                           // the last number before those that bf16 rounds to infinity
+        return format == Format::w16 || format == Format::bf16 ? 0x1.fefffep127f : FLT_MAX;
+    }
 };
 
 // Eight rows from `first` on, input by input, zeros beyond N and K. For integers every row is divided by a power of two,
-// its `unit`, so that squares of its numbers neither overflow nor vanish. False when a number is not finite.
+// its `unit`, so that squares of its numbers neither overflow nor vanish. False when a number would not be finite.
 bool load_strip(const float* w, const Shape& shape, long first, F8* x, F8& unit) {
     const long rows = std::min(strip, shape.N - first);
     std::memset(x, 0, sizeof(F8) * shape.Kp);
     unit = F8{} + 1.0f;
+    const float largest = shape.largest();
     bool finite = true;
     for (long n = 0; n < rows; n++) {
         const float* row = w + (first + n) * shape.K;
@@ -60,7 +64,7 @@ bool load_strip(const float* w, const Shape& shape, long first, F8* x, F8& unit)
         for (long k = 0; k < shape.K; k++) {
             x[k][n] = row[k];
             most = std::max(most, std::abs(row[k]));
-            finite &= std::abs(row[k]) <= FLT_MAX;
+            finite &= std::abs(row[k]) <= largest;
         }
         if (!shape.integer()) continue;
         unit[n] = std::ldexp(1.0f, std::clamp(std::ilogb(std::max(most, FLT_MIN)), -100, 100));
@@ -110,7 +114,9 @@ void pack(const Shape& shape, const float* w, const float* importance, uint8_t* 
                 else kernels.i8(x, unit, h.data(), shape.Kp, lane, to);
             }
     });
-    if (!finite && shape.integer()) throw Error("the matrix holds NaN or infinity");
+    if (!finite)  // skipping an input that is zero (find_nonzero) would turn 0 * infinity, which is NaN, into 0
+        throw Error(shape.largest() < FLT_MAX ? "the matrix holds NaN, infinity or a number too large for bf16"
+                                              : "the matrix holds NaN or infinity");
 }
 
 float element(const Shape& shape, const uint8_t* in, long n, long k) {

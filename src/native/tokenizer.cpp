@@ -325,8 +325,8 @@ template <class Id> void decode(const Trie& trie, const Id* ids, uint64_t n, Byt
         const auto room = static_cast<uint64_t>(end - out);
         if (length > room) throw Error("the ids changed while they were decoded");
         const Byte* const token = &trie.bytes[starts[id]];
-        if (length > 16 || room < 16) std::memcpy(out, token, length);
-        else std::memcpy(out, token, 16);
+        if (length <= 16 && room >= 16) std::memcpy(out, token, 16);
+        else if (length) std::memcpy(out, token, length);   // nothing at all may have no place: out is null then
         out += length;
     }
     if (out != end) throw Error("the ids changed while they were decoded");

@@ -17,6 +17,7 @@
 #endif
 
 #define LANES 4
+#define EACH_LANE(f) f(0), f(1), f(2), f(3)
 
 namespace roost::wkv {
 namespace {

@@ -4,6 +4,7 @@
 #include <immintrin.h>
 
 #define LANES 8
+#define EACH_LANE(f) f(0), f(1), f(2), f(3), f(4), f(5), f(6), f(7)
 
 namespace roost::wkv {
 namespace {

@@ -1,5 +1,5 @@
-// The kernels of WKV, one body for every instruction set: included with LANES set, inside an anonymous namespace, so
-// that no other instruction set's copy of a function can take its place. No lambdas, nothing of std::.
+// The kernels of WKV, one body for every instruction set: included with LANES and EACH_LANE set, inside an anonymous
+// namespace, so that no other instruction set's copy of a function can take its place. No lambdas, nothing of std::.
 //
 // Four tokens share one sweep over the state S: S is read and written once for them, and among the four
 //
@@ -10,8 +10,9 @@
 // A missing token has r = k = v = log_w = 0, the identity on the state. The gradient of log_w follows the dyadic tree
 // (chunked.py) for four tokens: sums only, so strong decays lose nothing.
 
-typedef float V __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
-typedef int I __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+typedef float V __attribute__((vector_size(4 * LANES)));
+typedef int I __attribute__((vector_size(4 * LANES)));
+typedef float Stored __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 typedef unsigned short Half __attribute__((vector_size(2 * LANES), aligned(2), may_alias));
 #define INLINE static inline __attribute__((always_inline))
 #define EACH(x) for (int x = 0; x < 4; x++)
@@ -20,8 +21,11 @@ constexpr int L = LANES;
 constexpr int rows_at_once = 32;             // value rows of S that the backward pass keeps near at a time
 constexpr int quads = block_tokens / 4;
 
-INLINE const V& at(const float* p) { return *reinterpret_cast<const V*>(p); }
-INLINE V& at(float* p) { return *reinterpret_cast<V*>(p); }
+// L numbers anywhere in memory. A macro, and Stored for nothing else: clang takes what a reference refers to as aligned
+// like the plain vector, and does not align the stack for variables of a type that needs less.
+INLINE const Stored* stored(const float* p) { return reinterpret_cast<const Stored*>(p); }
+INLINE Stored* stored(float* p) { return reinterpret_cast<Stored*>(p); }
+#define at(p) (*stored(p))
 INLINE V splat(float x) { return x - V{}; }
 INLINE V fma(V a, V b, V c) {                // a b + c
 #if LANES == 16
@@ -100,10 +104,13 @@ INLINE V expm1(V x) {                        // keeps full relative accuracy tow
 
 // ---------------------------------------------------------------------------------------------------- lane sums
 
+// clang wants constants, one for each lane. f(l) >= L: lane f(l) - L of the second vector.
+#define PERMUTE(a, b, f) __builtin_shufflevector(a, b, EACH_LANE(f))
+
 template <int D> INLINE V fold(V a, V b) {   // lanes with bit D clear: pair sums of a; set: of b
-    I keep, swap;
-    for (int l = 0; l < L; l++) keep[l] = (l & D) ? l + L : l, swap[l] = keep[l] ^ D;
-    return __builtin_shuffle(a, b, keep) + __builtin_shuffle(a, b, swap);
+#define KEEP(l) ((l) & D ? (l) + L : (l))
+#define SWAP(l) (KEEP(l) ^ D)
+    return PERMUTE(a, b, KEEP) + PERMUTE(a, b, SWAP);
 }
 template <int D> INLINE V sum(const V* a) {  // lane l = the sum of the lanes of a[l], for 2 D vectors
     if constexpr (D == 0) return a[0];
@@ -114,12 +121,12 @@ INLINE void sums(const V (&a)[16], float* out) {
 }
 
 template <int D> INLINE void exchange(V* x) {  // the transposition's step: blocks of D lanes between rows D apart
-    I low, high;
-    for (int l = 0; l < L; l++) low[l] = (l & D) ? l - D + L : l, high[l] = (l & D) ? l + L : l + D;
+#define LOW(l) ((l) & D ? (l) - D + L : (l))
+#define HIGH(l) ((l) & D ? (l) + L : (l) + D)
     for (int l = 0; l < L; l++)
         if (!(l & D)) {
             const V a = x[l], b = x[l + D];
-            x[l] = __builtin_shuffle(a, b, low), x[l + D] = __builtin_shuffle(a, b, high);
+            x[l] = PERMUTE(a, b, LOW), x[l + D] = PERMUTE(a, b, HIGH);
         }
     if constexpr (D > 1) exchange<D / 2>(x);
 }

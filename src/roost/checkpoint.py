@@ -105,13 +105,17 @@ class _Opened:
 
     def tokenizer(self) -> WorldTokenizer | None:
         """The file's own vocabulary, or the one that the number of ids tells."""
-        vocab = self.config.vocab_size
-        own = None if self.gguf is None else self.gguf.tokenizer(vocab)
-        return tokenizer_of(vocab) if own is None else own
+        return tokenizer_of(self.config.vocab_size, self.gguf)
 
 
-def tokenizer_of(vocab: int) -> WorldTokenizer | None:
-    """The tokenizer that a number of ids tells: World from 65536 on, bytes for 257, None for others (Pile models)."""
+def tokenizer_of(vocab: int, file: gguf.GGUF | Path | None = None) -> WorldTokenizer | None:
+    """The vocabulary in the file when it is GGUF and has one, or the one that a number of ids tells: World from 65536
+    on, bytes for 257, None for others (Pile models)."""
+    if isinstance(file, Path):
+        file = gguf.GGUF(file) if gguf.is_gguf(file) else None
+    own = None if file is None else file.tokenizer(vocab)
+    if own is not None:
+        return own
     if vocab == 257:
         return WorldTokenizer.byte_level()
     return WorldTokenizer() if vocab >= 65536 else None
@@ -274,7 +278,7 @@ def _form(path: Path, dtype: object, weights_format: str | None) -> str:
     if dtype is not None and dtype not in known:
         raise ValueError(f"dtype is {dtype}; it must be one of {', '.join(str(one) for one in known)}")
     if dtype is not None and form == "packed":
-        raise ValueError(f"dtype is {dtype}, but a {packed.ENDING} file has weights_format in its place")
+        raise ValueError(f"dtype is {dtype}, but a {packed.ENDING} file has weights_format in its place (--weights)")
     if isinstance(dtype, str) and form != "gguf":
         raise ValueError(f"cannot write {dtype} to {path}: only .gguf files hold it")
     if weights_format is not None and form != "packed":

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Literal, get_args, overload
 
@@ -94,11 +95,15 @@ def load(
         if weights is not None or threads is not None:
             raise ValueError("weights and threads belong to the native model: add backend='native'")
         return checkpoint.load(x, device, dtype, endpoint=endpoint, cache_dir=cache_dir)
-    if usable_device(device).type != "cpu" or dtype is not None:
-        raise ValueError("the native model runs on the CPU and takes weights=..., not dtype=...")
+    if usable_device(device).type != "cpu":
+        raise ValueError(f"device is {device}; the native model runs on the CPU only")
+    if dtype is not None:
+        raise ValueError(f"dtype is {dtype}; the native model takes weights={weights or 'bf16'!r} in its place")
     if weights is not None:
         choice("weights", weights, get_args(WeightsFormat))
-    threads = torch.get_num_threads() if threads is None else whole("threads", threads, 1, MOST_THREADS)
+    threads = (
+        min(torch.get_num_threads(), MOST_THREADS) if threads is None else whole("threads", threads, 1, MOST_THREADS)
+    )
     if is_packed:
         opened = packed.open_packed(path, threads=threads)
         if weights not in (None, opened.weights):
@@ -116,22 +121,26 @@ def _from_checkpoint(
     path: Path, weights: WeightsFormat, threads: int, keep: bool
 ) -> tuple[Packed, WorldTokenizer | None]:
     """The packed form of a checkpoint: the file kept beside it when it is still right, else made now."""
-    kept = (path / path.resolve().name if path.is_dir() else path).with_suffix(f".{weights}{packed.ENDING}")
-    keep = keep and path.parent != ASSETS and os.access(kept.parent, os.W_OK)
+    stem = (
+        path / path.resolve().name if path.is_dir() else path.with_suffix("" if path.suffix == ".pth" else path.suffix)
+    )
+    kept = stem.with_name(f"{stem.name}.{weights}{packed.ENDING}")
+    keep = keep and path.parent != ASSETS
     source = packed.source_of(path)
     if keep and kept.is_file():
         try:
             opened = packed.open_packed(kept, threads=threads)
-        except ValueError:  # damaged, or of another version: it is only a copy, so it is made again
+        except (ValueError, OSError):  # damaged, unreadable, of another version: only a copy, so it is made again
             pass
         else:
             if opened.source == source and opened.weights == weights:
-                return opened, checkpoint.tokenizer_of(opened.config.vocab_size)
+                return opened, checkpoint.tokenizer_of(opened.config.vocab_size, path)
     model, tokenizer = checkpoint.load(path)
     values: Mapping[str, Tensor] = model.state_dict()
     if keep:
-        packed.pack(values, model.config, kept, weights_format=weights, source=source, threads=threads)
-        return packed.open_packed(kept, verify=False, threads=threads), tokenizer
+        with suppress(OSError):  # a directory that is read-only or a disk that is full: a copy is a convenience
+            packed.pack(values, model.config, kept, weights_format=weights, source=source, threads=threads)
+            return packed.open_packed(kept, verify=False, threads=threads), tokenizer
     with tempfile.TemporaryDirectory(prefix="roost-") as place:  # the mapping outlives the name
         file = Path(place) / f"model.{weights}{packed.ENDING}"
         packed.pack(values, model.config, file, weights_format=weights, source=source, threads=threads)

@@ -17,6 +17,9 @@ from typing import Any
 ISAS = ("scalar", "avx2", "avx512", "amx")
 """Instruction sets from the slowest to the fastest; "scalar" is the compiler's baseline (SSE2, or NEON on Arm)."""
 
+ABI = 1
+"""Which declarations the library must have been built from: `roost::abi` in src/native/common.h, raised together."""
+
 REASON = (
     "roost was installed without a C++ compiler, or compiling failed; with gcc 12, clang 14 or later, install it again"
     " (python -m pip install -v shows what the compiler says)"
@@ -36,12 +39,18 @@ def opened(path: Path) -> tuple[ctypes.CDLL | None, str]:
             getattr(found, name).restype = ctypes.c_char_p
     except (OSError, AttributeError) as error:
         return None, f"{path} cannot be used: {error}"
+    number = found.roost_abi() if hasattr(found, "roost_abi") else 0
+    if number != ABI:
+        age = "older" if number < ABI else "newer"
+        return None, f"{path} was built from {age} sources (interface {number}, not {ABI}); install roost again"
     return found, ""
 
 
 @cache
 def _load() -> tuple[ctypes.CDLL | None, str]:
-    return next((opened(path) for path in places() if path.is_file()), (None, REASON))
+    """The first that can be used, else what is wrong with the first."""
+    found = [opened(path) for path in places() if path.is_file()]
+    return next((one for one in found if one[0] is not None), (found or [(None, REASON)])[0])
 
 
 def available() -> bool:

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from checkpoints import make_checkpoint
+from commands import error
 from roost import cli
 from roost.checkpoint import load
 from roost.cli import main, verbs
@@ -37,14 +38,6 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def stdin(monkeypatch: pytest.MonkeyPatch, data: bytes) -> None:
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data), encoding="utf-8"))
-
-
-def error(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
-    """The one line that a wrong command line gets."""
-    assert main(argv) == 2
-    out, err = capsys.readouterr()
-    assert out == "" and err.count("\n") == 1 and err.startswith("roost: error: ")
-    return err.removeprefix("roost: error: ").removesuffix("\n")
 
 
 def test_generate_writes_what_the_library_writes(model: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -74,6 +74,21 @@ def test_what_goes_in_comes_out(tmp_path: Path, name: str, weights: WeightsForma
             assert one.data.dtype == np.float32 and np.array_equal(one.data, value.float().reshape(slot.shape).numpy())
 
 
+@pytest.mark.parametrize("weights", get_args(WeightsFormat))
+@pytest.mark.parametrize(
+    "name", ["emb.weight", "blocks.1.ffn.value.weight", "blocks.0.att.time_maa_w2", "blocks.2.ln1.bias", "head.weight"]
+)
+def test_what_is_not_finite_is_refused_by_name(tmp_path: Path, name: str, weights: WeightsFormat) -> None:
+    """A decoding step skips weights of inputs that are zero: 0 * infinity would be 0 there, and NaN in a whole text."""
+    model = tiny_model()
+    for value in (torch.nan, torch.inf, -torch.inf):
+        state = {one: value.clone() for one, value in model.state_dict().items()}
+        state[name].view(-1)[-1] = value
+        with pytest.raises(ValueError, match=rf"{name}\S* cannot be packed as .* holds NaN(,| or) infinity"):
+            pack(state, model.config, tmp_path / "m.roost", weights_format=weights)
+    assert not list(tmp_path.iterdir())
+
+
 def test_exact_kinds_follow_the_numbers(tmp_path: Path) -> None:
     """fp32 weights are 16 bits wide wherever that loses nothing."""
     model = tiny_model().bfloat16()

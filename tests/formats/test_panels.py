@@ -196,13 +196,26 @@ def test_unusual_numbers() -> None:
             assert ((found[row] - w[row]) / w[row].abs().max()).abs().max() <= bound, (kind, row)
 
 
-@pytest.mark.parametrize("kind", INTEGERS)
+@pytest.mark.parametrize("kind", FORMATS)
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
-def test_integers_refuse_what_is_not_finite(kind: str, value: float) -> None:
+def test_what_is_not_finite_is_refused(kind: str, value: float) -> None:
     w = random_matrix(40, 40)
     w[39, 39] = value
-    with pytest.raises(ValueError, match="NaN or infinity"):
+    with pytest.raises(ValueError, match=r"NaN(,| or) infinity"):
         pack_matrix(kind, w)
+
+
+def test_the_largest_numbers() -> None:
+    """All that are finite are packed, but for those that bf16 would round to infinity."""
+    largest = torch.finfo(torch.float32).max
+    edge = torch.tensor(0x7F7F7FFF, dtype=torch.int32).view(torch.float32)
+    for kind, value in (("f32", largest), ("f32", -largest), ("w16", float(edge)), ("bf16", -float(edge))):
+        assert unpack_matrix(kind, pack_matrix(kind, torch.full((3, 70), value)), 3, 70).isfinite().all()
+    above = torch.nextafter(edge, torch.tensor(torch.inf))
+    assert above.isfinite() and above.bfloat16().isinf() and edge.bfloat16().isfinite()
+    for kind, value in (("w16", float(above)), ("bf16", -float(above))):
+        with pytest.raises(ValueError, match="too large for bf16"):
+            pack_matrix(kind, torch.full((3, 70), value))
 
 
 def test_refused() -> None:

@@ -2,7 +2,7 @@
 //
 //     clang++ -std=c++20 -O1 -g -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=all -Isrc/native
 //         tests/fuzz/tokenizer.cpp src/native/{tokenizer,trie,isa,pool}.cpp -pthread -o fuzz-tokenizer
-//     ./fuzz-tokenizer -max_total_time=30 -max_len=4096
+//     ./fuzz-tokenizer -max_total_time=30 -max_len=4096 -len_control=0
 #include "common.h"
 
 #include <algorithm>

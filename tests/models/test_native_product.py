@@ -53,3 +53,20 @@ def test_a_product_is_what_the_format_says(shape: tuple[int, int, int], kind: st
     for row in range(M):
         with native.forced_isa(isa):
             assert torch.equal(product(kind, packed, N, K, x[row : row + 1])[0], results[0][row])
+
+
+@pytest.mark.parametrize("isa", native.supported_isas() if native.available() else ())
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf, 1e-36, 1e30])
+def test_unusual_activations(kind: str, isa: str, value: float) -> None:
+    """Rounding to integers hides neither NaN nor infinity, and the tiniest numbers do not become large ones."""
+    x, w = torch.ones(3, 130), torch.full((40, 130), 0.5)
+    x[1] = 0.0
+    x[1, 77] = value
+    with native.forced_isa(isa):
+        found = product(kind, pack_matrix(kind, w), 40, 130, x, threads=2)
+    assert ((found[[0, 2]] - 65) / 65).abs().max() < 0.02
+    if np.isfinite(value):
+        assert (found[1] - 0.5 * value).abs().max() < max(0.02 * value, 1e-33)
+    else:
+        assert not found[1].isfinite().any()

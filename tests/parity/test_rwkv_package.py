@@ -16,20 +16,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from checkpoints import BonusName, Version, make_checkpoint
+from checkpoints import READABLE, BonusName, Version, make_checkpoint
 from roost import checkpoint
 
-CASES: dict[str, tuple[Version, BonusName | None, bool]] = {
-    "4": ("4", None, False),
-    "5.0": ("5.0", "time_first", False),
-    "5.0-raw": ("5.0", "time_faaaa", False),
-    "5.1": ("5.1", "time_faaaa", False),
-    "5.1-exp": ("5.1", "time_first", False),
-    "5.2": ("5.2", None, False),
-    "6": ("6", None, False),
-    "6-state": ("6", None, True),
-    "upcycled": ("5.2", None, False),
-}
+CASES: dict[str, tuple[Version, BonusName | None, bool]] = {**READABLE, "upcycled": ("5.2", None, False)}
 READ_AS = {"5.1": 5.2, "5.1-exp": 5.2, "upcycled": 6.0}
 """The versions that are written as another one: 5.1 as the 5.2 it equals."""
 SPLIT = 150

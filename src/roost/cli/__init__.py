@@ -19,11 +19,12 @@ import warnings
 from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import contextmanager
 from io import TextIOWrapper
-from typing import NamedTuple, NoReturn
+from typing import NamedTuple, NoReturn, get_args
 
 from roost.cli import measure, verbs
+from roost.formats.slots import WeightsFormat
 
-WEIGHTS = ("fp32", "bf16", "int8", "int4")
+WEIGHTS: tuple[WeightsFormat, ...] = get_args(WeightsFormat)
 Arguments = Callable[[argparse.ArgumentParser], None]
 
 
@@ -152,13 +153,20 @@ def _show_warning(message: Warning | str, *_where: object) -> None:
     print(f"roost: warning: {' '.join(str(message).split())}", file=sys.stderr)
 
 
+_SOURCES = "a checkpoint, a directory, a hub name"
+_THREADS = "default: one per core, but only one below 50 million parameters"
+
+
 def _model(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", metavar="MODEL", help="a checkpoint, a directory, a hub name, or nestling")
-    parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1 ... (default: cpu)")
-    parser.add_argument("--dtype", choices=("fp32", "bf16", "fp64"), help="default: the file's")
-    parser.add_argument("--backend", choices=("torch", "native"), help="native: the CPU model over packed weights")
-    parser.add_argument("--weights", choices=WEIGHTS, help="of the native model; packed once, beside MODEL (bf16)")
-    parser.add_argument("--threads", type=int, metavar="N", help="of the native model")
+    parser.add_argument("model", metavar="MODEL", help=f"{_SOURCES}, a packed .roost file, or nestling")
+    parser.add_argument("--device", default="cpu", help="of torch: cpu, cuda, cuda:1 ... (default: cpu)")
+    parser.add_argument("--dtype", choices=("fp32", "bf16", "fp64"), help="of torch; default: the file's")
+    what = "native: the faster model for CPUs; default: native for nestling, .roost files, --weights and --threads"
+    parser.add_argument("--backend", choices=("torch", "native"), help=what)
+    what = "form of the weights of the native model: fp32 is exact, int4 the smallest; default: bf16 (nestling: fp32);"
+    what += " made once and kept, for NAME.pth in NAME.int8.roost"
+    parser.add_argument("--weights", choices=WEIGHTS, help=what)
+    parser.add_argument("--threads", type=int, metavar="N", help=f"of the native model; {_THREADS}")
 
 
 def _sampling(parser: argparse.ArgumentParser) -> None:
@@ -209,18 +217,20 @@ def _chat(parser: argparse.ArgumentParser) -> None:
 
 
 def _info(parser: argparse.ArgumentParser) -> None:
-    what = "a checkpoint, a directory, a hub name, or nestling; without one: this installation and its backends"
+    what = f"{_SOURCES}, a packed .roost file, or nestling; without one: this installation and its backends"
     parser.add_argument("model", metavar="FILE", nargs="?", help=what)
 
 
 def _convert(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("source", metavar="SOURCE", help="a checkpoint, a directory or a hub name")
+    parser.add_argument("source", metavar="SOURCE", help=f"{_SOURCES}, or nestling")
     parser.add_argument("target", metavar="TARGET", help="NAME.pth, .safetensors, .gguf, .int8.roost, or a directory")
     parser.add_argument("--to", choices=("finch",), help="RWKV-5.1 and 5.2 become RWKV-6, with the same logits")
     kinds = ("fp32", "bf16", "fp16", "q8_0", "q4_0")
     parser.add_argument("--dtype", choices=kinds, help="default: each tensor's own; q8_0 and q4_0 for .gguf only")
-    parser.add_argument("--weights", choices=WEIGHTS, help="of a .roost file; default: as in NAME.int8.roost")
-    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, metavar="N", help="that pack a .roost file")
+    what = "form of the weights in a .roost file; default: what its name says, as in NAME.int8.roost"
+    parser.add_argument("--weights", choices=WEIGHTS, help=what)
+    what = "to pack a .roost file with; default: all cores"
+    parser.add_argument("--threads", type=int, metavar="N", help=what)
 
 
 def _verify(parser: argparse.ArgumentParser) -> None:
@@ -250,23 +260,24 @@ def _demo(parser: argparse.ArgumentParser) -> None:
 
 
 def _bench(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "model", metavar="MODEL", help="a checkpoint, a directory, a hub name, a .roost file, or nestling"
-    )
+    parser.add_argument("model", metavar="MODEL", help=f"{_SOURCES}, a packed .roost file, or nestling")
     _measured(parser)
-    parser.add_argument("--tokens", type=int, default=32, metavar="N", help="to write (default: 32)")
+    parser.add_argument("--tokens", type=int, default=32, metavar="N", help="to write one by one (default: 32)")
 
 
 def _evaluate_quant(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", metavar="MODEL", help="a checkpoint, a directory, a hub name, or nestling")
-    parser.add_argument("text", metavar="TEXT", nargs="?", help="a file to read; default: the text that ships")
+    parser.add_argument("model", metavar="MODEL", help=f"{_SOURCES}, or nestling; not a packed .roost file")
+    what = "a file to read, - = standard input; default: a text that ships, in 16 languages"
+    parser.add_argument("text", metavar="TEXT", nargs="?", help=what)
     _measured(parser)
-    parser.add_argument("--tokens", type=int, default=4096, metavar="N", help="of it at most (default: 4096)")
+    what = "read no more than the first N tokens of TEXT (default: 4096)"
+    parser.add_argument("--tokens", type=int, default=4096, metavar="N", help=what)
 
 
 def _measured(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--weights", metavar="LIST", help=f"default: {','.join(WEIGHTS)}")
-    parser.add_argument("--threads", type=int, metavar="N", help="default: all cores, one for a small model")
+    what = f"forms of the weights to compare, with commas between them; default: {','.join(WEIGHTS)}"
+    parser.add_argument("--weights", metavar="LIST", help=what)
+    parser.add_argument("--threads", type=int, metavar="N", help=_THREADS)
     parser.add_argument("--json", action="store_true", help="JSON instead of the table")
 
 
@@ -279,8 +290,12 @@ VERBS = {
     "verify": Verb("compare a checkpoint's logits, layer by layer, with the NumPy oracle", _verify, verbs.verify),
     "prepare": Verb("turn text into the tokens that training reads", _prepare, verbs.prepare),
     "train": Verb("train as a recipe says", _train, verbs.train),
-    "bench": Verb("how fast the native model reads and writes here", _bench, measure.bench),
-    "evaluate-quant": Verb("what rounding the weights costs in quality", _evaluate_quant, measure.evaluate_quant),
+    "bench": Verb(
+        "how fast the native model (the one for CPUs) reads and writes on this machine", _bench, measure.bench
+    ),
+    "evaluate-quant": Verb(
+        "what rounding the weights costs: KL divergence and bits per byte", _evaluate_quant, measure.evaluate_quant
+    ),
     "demo": Verb("read a document, save the state, write on in a second process", _demo, verbs.demo),
 }
 """Every command."""

@@ -11,17 +11,19 @@ import json
 import statistics
 import tempfile
 import time
+from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from rich.console import Console
 from rich.table import Table
 
 from roost import checkpoint
+from roost.checks import choice, whole
 from roost.cli import terminal
-from roost.cli.models import SMALL
+from roost.cli.models import SMALL, check_threads
 from roost.evaluation.quantisation import Quality, compare
 from roost.formats import packed
 from roost.formats.locate import resolve
@@ -30,20 +32,26 @@ from roost.loading import load
 from roost.models.native import NativeModel
 
 
-def _forms(args: argparse.Namespace) -> list[WeightsFormat]:
-    return args.weights.split(",") if args.weights else ["fp32", "bf16", "int8", "int4"]
+def _check(args: argparse.Namespace) -> list[WeightsFormat]:
+    """The forms to measure, all of them without --weights. Raises ValueError before any time is spent."""
+    check_threads(args.threads)
+    whole("--tokens", args.tokens, 1)
+    resolve(args.model, None, None)
+    known = get_args(WeightsFormat)
+    forms = known if args.weights is None else args.weights.split(",")
+    for form in forms:
+        choice("--weights", form, known)
+    return list(forms)
 
 
-def _open(model: str, weights: WeightsFormat, threads: int | None, place: str) -> tuple[NativeModel, int]:
-    """The model in one form, packed in `place` and not beside the checkpoint, and the bytes of its file."""
-    if model.endswith(packed.ENDING):
-        path = Path(model)
-        found, _ = load(path, backend="native", threads=threads)
-    else:
+def _open(model: str, weights: WeightsFormat | None, threads: int | None, place: str) -> tuple[NativeModel, int]:
+    """The model in one form (None: MODEL is packed), made in `place` and not beside it, and the bytes of its file."""
+    path = Path(model)
+    if weights is not None:
         path = Path(place) / f"m.{weights}{packed.ENDING}"
         exact, _ = checkpoint.load(model)
         packed.pack(exact.state_dict(), exact.config, path, weights_format=weights, threads=threads or 2)
-        found, _ = load(path, backend="native", threads=threads)
+    found, _ = load(path, backend="native", threads=threads)
     if threads is None and found.config.parameters < SMALL:
         found.threads = 1
     return found, path.stat().st_size
@@ -83,10 +91,14 @@ def _prefill(model: NativeModel, tokens: int) -> float:
 def bench(args: argparse.Namespace) -> int:
     """How fast a model reads and writes here, in every form of its weights."""
     rows: list[dict[str, Any]] = []
-    resolve(args.model, None, None)
+    forms: Sequence[WeightsFormat | None] = _check(args)
+    if args.model.endswith(packed.ENDING):
+        if args.weights is not None:
+            raise ValueError(f"{args.model} is packed already: --weights goes with a checkpoint")
+        forms = [None]
     with tempfile.TemporaryDirectory(prefix="roost-") as place:
-        for weights in ["as packed"] if args.model.endswith(packed.ENDING) else _forms(args):
-            model, size = _open(args.model, weights, args.threads, place)  # type: ignore[arg-type]
+        for weights in forms:
+            model, size = _open(args.model, weights, args.threads, place)
             step = _decode(model, args.tokens)
             zeros = model.zero_rate()
             read = model.bytes_per_token(zeros)
@@ -124,6 +136,7 @@ def bench(args: argparse.Namespace) -> int:
 
 def evaluate_quant(args: argparse.Namespace) -> int:
     """KL divergence, first choices and bits per byte of every form of the weights against fp32, on a text."""
+    forms = _check(args)
     if args.model.endswith(packed.ENDING):
         raise ValueError(f"{args.model} is rounded already: name the checkpoint it was made from")
     source = files("roost") / "assets" / "example.txt"
@@ -135,7 +148,7 @@ def evaluate_quant(args: argparse.Namespace) -> int:
     count = len(tokenizer.decode_bytes(ids))
     rows: list[tuple[NativeModel, int, float, Quality]] = []
     with tempfile.TemporaryDirectory(prefix="roost-") as place:
-        for weights in _forms(args):
+        for weights in forms:
             model, size = _open(args.model, weights, args.threads, place)
             with terminal.reading(weights, model.config.state_bytes) as progress:
                 rows.append((model, size, _decode(model, 20), compare(exact, model, ids, progress=progress)))

@@ -15,10 +15,11 @@ import torch
 
 from roost import native
 from roost.checkpoint import DTYPES
+from roost.checks import whole
 from roost.formats.locate import SHIPPED
 from roost.formats.slots import WeightsFormat
 from roost.loading import Backend, load
-from roost.models.native import LanguageModel, NativeModel
+from roost.models.native import MOST_THREADS, LanguageModel, NativeModel
 from roost.tokenizer import WorldTokenizer
 
 SMALL = 50_000_000
@@ -37,7 +38,10 @@ def open_model(
 
     Raises ValueError as `roost.load`, and for a model without a World vocabulary.
     """
-    if backend is None and (weights or threads):
+    check_threads(threads)
+    if weights is not None or threads is not None:
+        if backend == "torch":
+            raise ValueError("--weights and --threads belong to the native model: drop them, or --backend torch")
         backend = "native"
     ships = name in SHIPPED and not Path(name).exists()
     if backend is None and ships and device == "cpu" and dtype is None and native.available():
@@ -54,6 +58,12 @@ def open_model(
     if isinstance(model, NativeModel) and threads is None and model.config.parameters < SMALL:
         model.threads = 1
     return model, tokenizer
+
+
+def check_threads(threads: int | None) -> None:
+    """Raise ValueError unless --threads is absent or a number that the native pool takes."""
+    if threads is not None:
+        whole("--threads", threads, 1, MOST_THREADS)
 
 
 def load_model(args: argparse.Namespace) -> tuple[LanguageModel, WorldTokenizer]:

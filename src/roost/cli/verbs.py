@@ -16,10 +16,11 @@ from importlib.resources import files
 from typing import Any
 
 from roost.cli import terminal
-from roost.cli.models import load_model, one_thread
+from roost.cli.models import check_threads, load_model, one_thread
 from roost.inference.sampling import Logprob, Sampling
 from roost.inference.stream import Completion, stream
 from roost.inference.stream import read as read_tokens
+from roost.models.native import MOST_THREADS
 from roost.state import State
 from roost.tokenizer import WorldTokenizer
 
@@ -156,7 +157,9 @@ def convert(args: argparse.Namespace) -> int:
     from roost.checkpoint import DTYPES
     from roost.checkpoint import convert as write
 
-    packing: dict[str, Any] = {"weights_format": args.weights, "threads": args.threads}
+    check_threads(args.threads)
+    threads = args.threads or min(os.cpu_count() or 1, MOST_THREADS)
+    packing: dict[str, Any] = {"weights_format": args.weights, "threads": threads}
     dtype = DTYPES.get(args.dtype, args.dtype)
     print(f"wrote {write(args.source, args.target, to=args.to, dtype=dtype, **packing)}")
     return 0

@@ -91,8 +91,8 @@ def pack(
     importance  by name, (inputs,): see `panels.pack_matrix`
     source      from `source_of`, so that a cache can be told to be out of date
 
-    Raises ValueError for Dove, for weights that do not fit the config, for NaN or infinity in matrices of integers,
-    and without the native library.
+    Raises ValueError for Dove, for weights that do not fit the config, for NaN and infinity (naming the tensor), and
+    without the native library.
     """
     choice("weights_format", weights_format, get_args(WeightsFormat))
     check_config(config)
@@ -142,9 +142,10 @@ def _packed(slot: Slot, value: Tensor, importance: Tensor | None, threads: int) 
             return kind, pack_matrix(kind, value, importance, threads=threads)
         except ValueError as error:
             raise ValueError(f"{slot.name} cannot be packed as {kind}: {error}") from error
-    if kind == "rows16":
-        return kind, value.detach().to(torch.bfloat16).contiguous().view(torch.int16).numpy()
-    return kind, value.detach().to(torch.float32).contiguous().numpy()
+    value = value.detach().to(torch.bfloat16 if kind == "rows16" else torch.float32).contiguous()
+    if not all(one.isfinite() for one in value.aminmax()):
+        raise ValueError(f"{slot.name} cannot be packed as {kind}: it holds NaN, infinity or a number too large")
+    return kind, (value.view(torch.int16) if kind == "rows16" else value).numpy()
 
 
 def open_packed(path: str | os.PathLike[str], *, verify: bool = True, threads: int = 1) -> Packed:

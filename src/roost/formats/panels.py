@@ -65,8 +65,8 @@ def pack_matrix(kind: str, w: Tensor, importance: Tensor | None = None, *, threa
     importance  (inputs,) >= 0: how much the squared error of each input's weights counts in int8 and int4 rounding; the
                 mean square of the activations is a good choice. None: all the same.
 
-    The same bytes for any number of threads and any instruction set. Raises ValueError for another shape, for NaN or
-    infinity in int8 and int4, and where the native library is missing.
+    The same bytes for any number of threads and any instruction set. Raises ValueError for another shape, for NaN and
+    infinity, for numbers that bf16 would round to infinity, and where the native library is missing.
     """
     choice("kind", kind, FORMATS)
     if w.dim() != 2 or not w.numel() or not w.is_floating_point() or w.device.type != "cpu":

@@ -1,7 +1,7 @@
 """The CPU model: Eagle and Finch over packed weights in the native library, called exactly as `RWKV` is.
 
-Owns the invariant that for one weight format the logits and the state have the same bits however the work is cut:
-whole, in chunks or token by token, alone or beside other sequences, on any number of threads.
+Owns the invariant that for one weight format and one instruction set the logits and the state have the same bits
+however the work is cut: whole, in chunks or token by token, alone or beside other sequences, on any number of threads.
 Refuses to know: where packed tensors come from (roost.formats.packed), and the equations (src/native/forward.inl, stage
 by stage those of eagle.py and finch.py).
 """
@@ -9,10 +9,12 @@ by stage those of eagle.py and finch.py).
 from __future__ import annotations
 
 import ctypes
+import math
 import weakref
+from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -24,8 +26,7 @@ from torch import Tensor
 from roost import native
 from roost.checks import whole
 from roost.config import ModelConfig
-from roost.models.rwkv import RWKV, check_embeddings, check_state, check_tokens
-from roost.ops import document_offsets
+from roost.models.rwkv import RWKV, check_input, check_sequences, check_state
 from roost.state import LayerState, State
 
 MOST_THREADS = 256
@@ -48,6 +49,42 @@ class PackedTensor:
     kind: str
     shape: tuple[int, ...]
     data: NDArray[Any]
+
+
+def _plain(x: Tensor) -> Tensor:
+    return x if x.dtype is torch.float32 and x.is_contiguous() else x.detach().float().contiguous()
+
+
+class _Lease:
+    """Memory of an array that goes back to `home` when nothing refers to the array any more."""
+
+    def __init__(self, block: NDArray[np.float32], home: deque[NDArray[np.float32]]) -> None:
+        self.__array_interface__ = block.__array_interface__
+        self._block, self._home = block, home
+
+    def __del__(self) -> None:
+        self._home.append(self._block)
+
+
+class Recycled:
+    """Large tensors in memory that is used again: fresh memory costs a page fault for every 4 KiB of every answer."""
+
+    def __init__(self, most: int = 4) -> None:
+        self._free: deque[NDArray[np.float32]] = deque(maxlen=most)  # the oldest is given up
+
+    def empty(self, *shape: int) -> Tensor:
+        """An uninitialised fp32 tensor."""
+        count = math.prod(shape)
+        if count < 1 << 15:
+            return torch.empty(shape)
+        for _ in range(len(self._free)):
+            block = self._free.popleft()
+            if block.size == count:
+                break
+            self._free.append(block)
+        else:
+            block = np.empty(count, np.float32)
+        return torch.from_numpy(np.asarray(_Lease(block, self._free))).view(shape)
 
 
 class NativeModel:
@@ -79,13 +116,15 @@ class NativeModel:
         if config.generation == "dove":
             raise ValueError("the native model runs Eagle and Finch; load Dove with backend='torch'")
         self.config, self.fingerprint, self.weights = config, fingerprint, weights
-        self.threads = torch.get_num_threads() if threads is None else whole("threads", threads, 1, MOST_THREADS)
+        threads = min(torch.get_num_threads(), MOST_THREADS) if threads is None else threads
+        self.threads = whole("threads", threads, 1, MOST_THREADS)
         self.isa, self._skip_zeros = native.isa(), skip_zeros
         self._time_state = [
             torch.from_numpy(np.array(tensor.data).reshape(config.n_head, config.head_size, config.head_size))
             for name, tensor in tensors.items()
             if name.endswith("att.time_state")
         ]
+        self._memory = Recycled()
         self._tensors = dict(tensors)  # the library points into these
         self._handle = self._build()
         self._forward = native.function("roost_model_forward", _FORWARD)
@@ -137,42 +176,32 @@ class NativeModel:
 
         Returns fp32 logits and the state; no gradients. Raises ValueError as `RWKV` does.
         """
-        if (tokens is None) == (embeddings is None):
-            raise ValueError("give either tokens or embeddings")
-        given = tokens if embeddings is None else embeddings
-        assert given is not None
-        if embeddings is None:
-            check_tokens(given, self.config, self.device)
-            given = given.to(torch.int32).contiguous()
-        else:
-            check_embeddings(given, self.config)
-            given = given.detach().float().contiguous()
-        B, T = given.shape[:2]
-        offsets = [T * row for row in range(B + 1)] if cu_seqlens is None else document_offsets(cu_seqlens, B, T)
-        rows = len(offsets) - 1
+        given = check_input(tokens, embeddings, self.config, self.device)
+        documents, lengths = check_sequences(given, cu_seqlens, last_only)
         if state is None:
-            state = self.initial_state(rows)
-        else:
-            check_state(state, rows, self.config, self.fingerprint, self.dtype, self.device)
-        if last_only and any(a == b for a, b in pairwise(offsets)):
-            raise ValueError("last_only needs at least one token in every sequence")
-        shape = (B, T) if not last_only else (B, 1) if cu_seqlens is None else (1, rows)
-        logits = torch.empty(*shape, self.config.vocab_size)
-        layers = self._run(given, embeddings is None, state, offsets, last_only, logits)
-        read = tuple(n + b - a for n, (a, b) in zip(state.tokens, pairwise(offsets), strict=True))
-        return logits, State(layers, read, state.fingerprint or self.fingerprint)
+            state = self.initial_state(len(lengths))
+        check_state(state, len(lengths), self.config, self.fingerprint, self.dtype, self.device)
+
+        given = (given.detach().float() if tokens is None else given.to(torch.int32)).contiguous()
+        B, T = given.shape[:2]
+        shape = (B, T) if not last_only else (B, 1) if documents is None else (1, len(lengths))
+        logits = self._memory.empty(*shape, self.config.vocab_size)
+        layers = self._run(given, tokens is not None, state, [0, *accumulate(lengths)], last_only, logits)
+        tokens_read = tuple(n + length for n, length in zip(state.tokens, lengths, strict=True))
+        return logits, State(layers, tokens_read, state.fingerprint or self.fingerprint)
 
     def _run(
         self, given: Tensor, are_ids: bool, state: State, offsets: list[int], last_only: bool, logits: Tensor
     ) -> tuple[LayerState, ...]:
         c, n = self.config, len(offsets) - 1
         sizes = ((n, c.n_embd), (n, c.n_head, c.head_size, c.head_size), (n, c.n_embd))
-        after = [torch.empty(c.n_layer, *size) for size in sizes]  # one block per kind, a view per layer
-        before = [LayerState(*(part.detach().float().contiguous() for part in layer)) for layer in state.layers]
+        after = [self._memory.empty(c.n_layer, *size) for size in sizes]  # one block per kind, a view per layer
+        bases, steps = [block.data_ptr() for block in after], [4 * block[0].numel() for block in after]
+        before = [[_plain(part) for part in layer] for layer in state.layers]
         pointers: list[int] = []
         for i, layer in enumerate(before):
             pointers += [part.data_ptr() for part in layer]
-            pointers += [block.data_ptr() + 4 * i * (block.numel() // c.n_layer) for block in after]
+            pointers += [base + i * step for base, step in zip(bases, steps, strict=True)]
         data = given.data_ptr()
         native.check(
             self._forward(
@@ -187,13 +216,14 @@ class NativeModel:
                 self.threads,
             )
         )
-        return tuple(LayerState(*parts) for parts in zip(*(block.unbind() for block in after), strict=True))
+        return tuple(map(LayerState, *(block.unbind() for block in after)))
 
     def bytes_per_token(self, zero_rate: float = 0.0) -> int:
         """Bytes of weights that writing one token reads: all but the embedding, less what zeros let it skip.
 
         Blocks of `ffn.value` (1, 2, 4 or 8 inputs by kind) are skipped when all their inputs are zero; this counts them
-        as if zeros were independent, the least that is skipped in practice.
+        as if zeros were independent, the least that is skipped in practice. All are read where
+        no more than a tenth are empty.
         """
         total = sum(tensor.data.nbytes for name, tensor in self._tensors.items() if name != "emb.weight")
         inputs = {"f32": 1, "w16": 1, "bf16": 2, "i4": 8}

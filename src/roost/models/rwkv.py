@@ -149,37 +149,22 @@ class RWKV(nn.Module):
         Returns logits (B, T, V) (last_only: (B, 1, V), with cu_seqlens (1, n, V)) and the state after the last token.
         Raises ValueError for ids out of range (checked on the CPU only), wrong shapes, or a state of another model.
         """
-        x = self._embed(tokens, embeddings)
-        B, T = x.shape[:2]
-        offsets = None if cu_seqlens is None else document_offsets(cu_seqlens, B, T)
-        rows = B if offsets is None else len(offsets) - 1
+        given = check_input(tokens, embeddings, self.config, self.device)
+        offsets, lengths = check_sequences(given, cu_seqlens, last_only)
         if state is None:
-            state = self.initial_state(rows)
-        else:
-            check_state(state, rows, self.config, self.fingerprint, self.dtype, self.device)
-        if last_only and (T == 0 or (offsets is not None and any(a == b for a, b in pairwise(offsets)))):
-            raise ValueError("last_only needs at least one token in every sequence")
+            state = self.initial_state(len(lengths))
+        check_state(state, len(lengths), self.config, self.fingerprint, self.dtype, self.device)
 
         layers: list[LayerState] = []
+        x = given.to(self.dtype) if tokens is None else F.embedding(given.long(), self.emb.weight)
         x = self.layers[0].ln0(x)
         for block, layer in zip(self.layers, state.layers, strict=True):
             x, layer = block(x, layer, offsets)
             layers.append(layer)
         if last_only:
             x = x[:, -1:] if offsets is None else x[:, [end - 1 for end in offsets[1:]]]
-        lengths = [T] * B if offsets is None else [b - a for a, b in pairwise(offsets)]
         tokens_read = tuple(n + length for n, length in zip(state.tokens, lengths, strict=True))
         return self.head(self.ln_out(x)), State(tuple(layers), tokens_read, state.fingerprint or self.fingerprint)
-
-    def _embed(self, tokens: Tensor | None, embeddings: Tensor | None) -> Tensor:
-        if (tokens is None) == (embeddings is None):
-            raise ValueError("give either tokens or embeddings")
-        if embeddings is not None:
-            check_embeddings(embeddings, self.config)
-            return embeddings.to(self.dtype)
-        assert tokens is not None
-        check_tokens(tokens, self.config, self.device)
-        return F.embedding(tokens.long(), self.emb.weight)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the weights with their official names: `.pth` (RWKV-LM's state dict) or `.safetensors`; atomic.
@@ -190,8 +175,19 @@ class RWKV(nn.Module):
         self.fingerprint = fingerprint_of(self.config, self.state_dict())
 
 
-def check_tokens(tokens: Tensor, config: ModelConfig, device: torch.device) -> None:
-    """Raise ValueError unless `tokens` are ids (B, T) on the model's device; their range is checked on the CPU only."""
+def check_input(tokens: Tensor | None, embeddings: Tensor | None, config: ModelConfig, device: torch.device) -> Tensor:
+    """The one that is given: ids (B, T) on the model's device, or embeddings (B, T, D).
+
+    Raises ValueError for both, for none, and for other shapes or ids out of range (checked on the CPU only).
+    """
+    if (tokens is None) == (embeddings is None):
+        raise ValueError("give either tokens or embeddings")
+    if tokens is None:
+        instance("embeddings", embeddings, Tensor)
+        assert embeddings is not None
+        if embeddings.dim() != 3 or embeddings.shape[-1] != config.n_embd:
+            raise ValueError(f"embeddings are {tuple(embeddings.shape)}; they must be (B, T, {config.n_embd})")
+        return embeddings
     instance("tokens", tokens, Tensor, "write torch.tensor([ids]), of shape (B, T)")
     if tokens.dim() != 2 or tokens.is_floating_point() or tokens.dtype == torch.bool:
         raise ValueError(f"tokens are {tokens.dtype} {tuple(tokens.shape)}; they must be integers of shape (B, T)")
@@ -201,13 +197,22 @@ def check_tokens(tokens: Tensor, config: ModelConfig, device: torch.device) -> N
         low, high = (int(x) for x in tokens.aminmax())
         if low < 0 or high >= config.vocab_size:
             raise ValueError(f"token id {low if low < 0 else high} is outside 0..{config.vocab_size - 1}")
+    return tokens
 
 
-def check_embeddings(embeddings: Tensor, config: ModelConfig) -> None:
-    """Raise ValueError unless `embeddings` are (B, T, D)."""
-    instance("embeddings", embeddings, Tensor)
-    if embeddings.dim() != 3 or embeddings.shape[-1] != config.n_embd:
-        raise ValueError(f"embeddings are {tuple(embeddings.shape)}; they must be (B, T, {config.n_embd})")
+def check_sequences(
+    given: Tensor, cu_seqlens: Tensor | Sequence[int] | None, last_only: bool
+) -> tuple[list[int] | None, list[int]]:
+    """The offsets of packed documents (None: rows of equal length), and the tokens of every sequence.
+
+    Raises ValueError for offsets that do not fit, and with last_only for a sequence that has no last token.
+    """
+    B, T = given.shape[:2]
+    offsets = None if cu_seqlens is None else document_offsets(cu_seqlens, B, T)
+    lengths = [T] * B if offsets is None else [b - a for a, b in pairwise(offsets)]
+    if last_only and 0 in lengths:
+        raise ValueError("last_only needs at least one token in every sequence")
+    return offsets, lengths
 
 
 def check_state(
