@@ -124,7 +124,7 @@ inline void find_nonzero(Activations& a, Format f, int32_t* list, int32_t* start
         count += !is_zero(static_cast<const char*>(a.values) + k * size, bytes);
     }
     starts[a.K / group] = count;
-    if (10 * count < 9 * (a.K / inputs)) a.nonzero = list, a.starts = starts;    // else the detour costs more than it saves
+    if (3 * count < 2 * (a.K / inputs)) a.nonzero = list, a.starts = starts;   // a quarter less, in jumps, is slower
 }
 
 // step(block) for the blocks of groups [g, end), counted from block `first`: all `count` of them, or those not zero

@@ -91,12 +91,12 @@ const Quantisers& quantisers() {
     return quantisers_scalar;
 }
 
-void pack(const Shape& shape, const float* w, const float* importance, uint8_t* out, int threads) {
+void pack(const Shape& shape, const float* w, uint8_t* out, int threads) {
     if (threads < 1 || threads > max_threads) throw Error("threads is " + std::to_string(threads) + "; it must be 1 to 256");
     std::vector<Input> strips(shape.Kp * threads);
     std::vector<Fit> fits(shape.format == Format::i4 ? shape.Kp / group4 * threads : 0);
-    std::vector<float> h(shape.Kp, 0.0f);
-    for (long k = 0; k < shape.K; k++) h[k] = importance ? importance[k] : 1.0f;
+    std::vector<float> h(shape.Kp, 0.0f);    // the inputs that count: not the padding
+    std::fill_n(h.begin(), shape.K, 1.0f);
     const Quantisers& kernels = quantisers();
     std::atomic<bool> finite{true};
     parallel(threads, [&](const Region& region) {
@@ -162,11 +162,9 @@ ROOST_API long roost_packed_size(int format, long N, long K) {
     return bytes;
 }
 
-// w (N, K) fp32, rows after one another -> out. importance: K weights of the squared error of each input's column (int8
-// and int4), or null for 1.
-ROOST_API int roost_pack(int format, const float* w, long N, long K, const float* importance, void* out, int threads) {
-    return roost::guarded(
-        [&] { roost::pack(roost::Shape(format, N, K), w, importance, static_cast<uint8_t*>(out), threads); });
+// w (N, K) fp32, rows after one another -> out.
+ROOST_API int roost_pack(int format, const float* w, long N, long K, void* out, int threads) {
+    return roost::guarded([&] { roost::pack(roost::Shape(format, N, K), w, static_cast<uint8_t*>(out), threads); });
 }
 
 // What the packed numbers mean: w (N, K) fp32.

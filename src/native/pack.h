@@ -12,7 +12,7 @@ typedef int32_t I8 __attribute__((vector_size(32), aligned(32)));
 
 struct Fit { F8 d, m; };                              // the real step and offset of one int4 group
 
-// x [Kp] inputs of eight outputs in units of `unit`, h [Kp] weights of their squared errors, lane: the first of them in
+// x [Kp] inputs of eight outputs in units of `unit`, h [Kp] 1, or 0 for padding, lane: the first of them in
 // the panel, out: the panel, fits [Kp / 32]: scratch.
 struct Quantisers {
     void (*i8)(const F8* x, const F8& unit, const float* h, long Kp, long lane, uint8_t* out);

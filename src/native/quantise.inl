@@ -13,7 +13,7 @@ inline F8 larger(F8 a, F8 b) { return a > b ? a : b; }
 inline F8 nearest(F8 x) { return (x + 12582912.0f) - 12582912.0f; }  // to even, for |x| < 2^22
 inline F8 clamp(F8 x, float low, float high) { return smaller(larger(x, broadcast(low)), broadcast(high)); }
 
-// ---- int8: the scale among a few neighbouring bf16 numbers whose weighted squared error is least -----------------
+// ---- int8: the scale among a few neighbouring bf16 numbers whose squared error is least -----------------
 
 inline F8 error8(const F8* x, const float* h, F8 scale) {
     const F8 inverse = scale > 0 ? 1.0f / scale : F8{};

@@ -17,7 +17,7 @@ from typing import Any
 ISAS = ("scalar", "avx2", "avx512", "amx")
 """Instruction sets from the slowest to the fastest; "scalar" is the compiler's baseline (SSE2, or NEON on Arm)."""
 
-ABI = 1
+ABI = 2
 """Which declarations the library must have been built from: `roost::abi` in src/native/common.h, raised together."""
 
 REASON = (

@@ -119,18 +119,6 @@ def test_layout_of_the_file(sound: Path) -> None:
     assert set(numbers) == {"i8", "i8 fine", "f32", "vector", "rows16"}
 
 
-def test_importance_is_used_where_it_is_named(tmp_path: Path) -> None:
-    model = tiny_model()
-    name, weight = "blocks.0.att.key.weight", torch.rand(64, generator=torch.Generator().manual_seed(0)) ** 4
-    pack(model.state_dict(), model.config, tmp_path / "m", weights_format="int4", importance={name: weight})
-    found = open_packed(tmp_path / "m").tensors
-    matrix = model.state_dict()[name]
-    assert np.array_equal(found[name].data, pack_matrix("i4", matrix, weight))
-    assert not np.array_equal(found[name].data, pack_matrix("i4", matrix))
-    other = "blocks.1.att.key.weight"
-    assert np.array_equal(found[other].data, pack_matrix("i4", model.state_dict()[other]))
-
-
 def test_refused(tmp_path: Path) -> None:
     model = tiny_model()
     state, config, path = model.state_dict(), model.config, tmp_path / "m.roost"
@@ -142,7 +130,6 @@ def test_refused(tmp_path: Path) -> None:
         (lambda: pack(more, config, path, weights_format="int8"), "x is missing, unknown"),
         (lambda: pack(bad, config, path, weights_format="int4"), "blocks.1.att.key.weight cannot be packed as i4"),
         (lambda: pack(state, config, path, weights_format="int5"), "weights_format is 'int5'; did you mean 'int"),  # pyright: ignore[reportArgumentType]
-        (lambda: pack(state, config, path, weights_format="int8", importance={"a": state["ln_out.bias"]}), "names a,"),
         (lambda: pack(state, config, tmp_path / "no/m.roost", weights_format="int8"), "directory .* does not exist"),
         (lambda: pack(tiny_model("dove-tiny").state_dict(), PRESETS["dove-tiny"], path, weights_format="int8"), "Dove"),
         (lambda: open_packed(tmp_path / "none.roost"), "no such file"),

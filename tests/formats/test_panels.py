@@ -148,35 +148,20 @@ def test_int4_rounds_to_the_nearest_code_of_a_good_grid(shape: tuple[int, int], 
     assert np.square(w - step * (found - zero)).sum() <= (0.85 if spread == 1 else 0.92) * plain_int4_error(w)
 
 
-@pytest.mark.parametrize("kind", INTEGERS)
-def test_importance_moves_the_error_to_inputs_that_matter_less(kind: str) -> None:
-    w = random_matrix(64, 256, 2)
-    importance = torch.rand(256, generator=torch.Generator().manual_seed(3)) ** 4 + 1e-3
-
-    def error(weights: torch.Tensor | None) -> tuple[float, float]:
-        off = (unpack_matrix(kind, pack_matrix(kind, w, weights), 64, 256) - w).double().square()
-        return float((off * importance).sum()), float(off.sum())
-
-    plain, weighted = error(None), error(importance)
-    assert weighted[0] < 0.97 * plain[0] and weighted[1] > plain[1]
-    assert np.array_equal(pack_matrix(kind, w, torch.full((256,), 4.0)), pack_matrix(kind, w))
-    assert np.isfinite(unpack_matrix(kind, pack_matrix(kind, w, torch.zeros(256)), 64, 256).numpy()).all()
-
-
 @pytest.mark.parametrize("kind", FORMATS)
 def test_same_bytes_for_every_cut(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    w, importance = random_matrix(200, 130), torch.rand(130, generator=torch.Generator().manual_seed(1))
-    wanted = pack_matrix(kind, w, importance)
+    w = random_matrix(200, 130)
+    wanted = pack_matrix(kind, w)
     for threads in (2, 3, 7):
-        assert np.array_equal(pack_matrix(kind, w, importance, threads=threads), wanted)
+        assert np.array_equal(pack_matrix(kind, w, threads=threads), wanted)
         assert torch.equal(
             unpack_matrix(kind, wanted, 200, 130, threads=threads), unpack_matrix(kind, wanted, 200, 130)
         )
     monkeypatch.setattr(panels, "_CHUNK", 64 * 130)
-    assert np.array_equal(pack_matrix(kind, w, importance), wanted)
+    assert np.array_equal(pack_matrix(kind, w), wanted)
     for isa in native.supported_isas():
         with native.forced_isa(isa):
-            assert np.array_equal(pack_matrix(kind, w, importance), wanted)
+            assert np.array_equal(pack_matrix(kind, w), wanted)
 
 
 def test_unusual_numbers() -> None:
@@ -224,8 +209,6 @@ def test_refused() -> None:
         (lambda: pack_matrix("i5", w), "kind is 'i5'; did you mean 'i"),
         (lambda: pack_matrix("i8", w[0]), r"the matrix is torch.float32 \(4,\)"),
         (lambda: pack_matrix("i8", w.int()), "must be floats on the CPU"),
-        (lambda: pack_matrix("i8", w, torch.ones(3)), "importance is .* 4 finite numbers"),
-        (lambda: pack_matrix("i8", w, -torch.ones(4)), "none negative"),
         (lambda: pack_matrix("i8", w, threads=0), "threads is 0"),
         (lambda: pack_matrix("i8", w, threads=10**6), "threads is 1000000"),
         (lambda: unpack_matrix("i8", np.zeros(7, np.uint8), 3, 4), "has 2112 bytes, not 7"),

@@ -81,15 +81,13 @@ def pack(
     path: str | os.PathLike[str],
     *,
     weights_format: WeightsFormat,
-    importance: Mapping[str, Tensor] | None = None,
     source: dict[str, int] | None = None,
     threads: int = 1,
 ) -> Path:
     """Write a packed model and return its path; a file is there whole or not at all, and one tensor at a time is made.
 
-    weights     the state dict of an Eagle or Finch of this config, any float dtype, on the CPU
-    importance  by name, (inputs,): see `panels.pack_matrix`
-    source      from `source_of`, so that a cache can be told to be out of date
+    weights  the state dict of an Eagle or Finch of this config, any float dtype, on the CPU
+    source   from `source_of`, so that a cache can be told to be out of date
 
     Raises ValueError for Dove, for weights that do not fit the config, for NaN and infinity (naming the tensor), and
     without the native library.
@@ -107,13 +105,10 @@ def pack(
             f"cannot write {path}: {wrong[0]} is missing, unknown or of another shape than the config says"
         )
     plan = slots(config, weights_format)
-    unknown = set(importance or ()) - {slot.name for slot in plan}
-    if unknown:
-        raise ValueError(f"importance names {min(unknown)}, which is no tensor of this model")
     entries: list[dict[str, Any]] = []
     with replacing(path) as temporary, temporary.open("wb") as file:
         for slot in plan:
-            kind, data = _packed(slot, slot.values(weights), (importance or {}).get(slot.name), threads)
+            kind, data = _packed(slot, slot.values(weights), threads)
             offset = _next(entries)
             file.seek(offset)
             file.write(memoryview(cast(Any, data)))
@@ -133,13 +128,13 @@ def _next(entries: list[dict[str, Any]]) -> int:
     return -(-end // _ALIGN) * _ALIGN
 
 
-def _packed(slot: Slot, value: Tensor, importance: Tensor | None, threads: int) -> tuple[str, NDArray[Any]]:
+def _packed(slot: Slot, value: Tensor, threads: int) -> tuple[str, NDArray[Any]]:
     kind = slot.kinds[0]
     if len(slot.kinds) > 1 and not bool((value.to(torch.bfloat16).to(value.dtype) == value).all()):
         kind = slot.kinds[1]
     if kind in FORMATS:
         try:
-            return kind, pack_matrix(kind, value, importance, threads=threads)
+            return kind, pack_matrix(kind, value, threads=threads)
         except ValueError as error:
             raise ValueError(f"{slot.name} cannot be packed as {kind}: {error}") from error
     value = value.detach().to(torch.bfloat16 if kind == "rows16" else torch.float32).contiguous()

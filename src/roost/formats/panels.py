@@ -33,7 +33,7 @@ Bytes = NDArray[np.uint8]
 
 @cache
 def _pack() -> Any:
-    return native.function("roost_pack", [c_int, c_void_p, c_long, c_long, c_void_p, c_void_p, c_int])
+    return native.function("roost_pack", [c_int, c_void_p, c_long, c_long, c_void_p, c_int])
 
 
 @cache
@@ -59,11 +59,8 @@ def packed_size(kind: str, outputs: int, inputs: int) -> int:
     return -(-outputs // 32) * panel.get(kind, 33 * padded)
 
 
-def pack_matrix(kind: str, w: Tensor, importance: Tensor | None = None, *, threads: int = 1) -> Bytes:
+def pack_matrix(kind: str, w: Tensor, *, threads: int = 1) -> Bytes:
     """The bytes of `w`, (outputs, inputs) in any float dtype on the CPU.
-
-    importance  (inputs,) >= 0: how much the squared error of each input's weights counts in int8 and int4 rounding; the
-                mean square of the activations is a good choice. None: all the same.
 
     The same bytes for any number of threads and any instruction set. Raises ValueError for another shape, for NaN and
     infinity, for numbers that bf16 would round to infinity, and where the native library is missing.
@@ -73,18 +70,12 @@ def pack_matrix(kind: str, w: Tensor, importance: Tensor | None = None, *, threa
         raise ValueError(f"the matrix is {w.dtype} {tuple(w.shape)} on {w.device}; it must be floats on the CPU")
     threads = whole("threads", threads, 1)
     outputs, inputs = w.shape
-    weight = None
-    if importance is not None:
-        weight = importance.detach().to("cpu", torch.float32).contiguous()
-        if weight.shape != (inputs,) or not bool((weight.isfinite() & (weight >= 0)).all()):
-            raise ValueError(f"importance is {tuple(weight.shape)}; it must be {inputs} finite numbers, none negative")
     out = np.empty(packed_size(kind, outputs, inputs), np.uint8)
     rows = max(32, _CHUNK // max(1, inputs) // 32 * 32)  # whole panels, which lie one after another
     for first in range(0, outputs, rows):
         part = w.detach()[first : first + rows].to(torch.float32).contiguous()
         to = out[packed_size(kind, first, inputs) :]
-        where = None if weight is None else weight.data_ptr()
-        native.check(_pack()(FORMATS.index(kind), part.data_ptr(), len(part), inputs, where, to.ctypes.data, threads))
+        native.check(_pack()(FORMATS.index(kind), part.data_ptr(), len(part), inputs, to.ctypes.data, threads))
     return out
 
 

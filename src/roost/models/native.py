@@ -223,7 +223,7 @@ class NativeModel:
 
         Blocks of `ffn.value` (1, 2, 4 or 8 inputs by kind) are skipped when all their inputs are zero; this counts them
         as if zeros were independent, the least that is skipped in practice. All are read where
-        no more than a tenth are empty.
+        no more than a third are empty.
         """
         total = sum(tensor.data.nbytes for name, tensor in self._tensors.items() if name != "emb.weight")
         inputs = {"f32": 1, "w16": 1, "bf16": 2, "i4": 8}
@@ -232,7 +232,7 @@ class NativeModel:
             for name, tensor in self._tensors.items():
                 if name.endswith("ffn.value.weight"):
                     empty = zero_rate ** inputs.get(tensor.kind, 4)
-                    skipped += empty * tensor.data.nbytes if empty > 0.1 else 0
+                    skipped += empty * tensor.data.nbytes if 3 * empty > 1 else 0
         return round(total - skipped)
 
     def zero_rate(self) -> float:

@@ -138,6 +138,7 @@ class RWKV(nn.Module):
         embeddings: Float[Tensor, "B T D"] | None = None,
         cu_seqlens: Int[Tensor, " offsets"] | Sequence[int] | None = None,
         last_only: bool = False,
+        head: bool = True,
     ) -> tuple[Float[Tensor, "B t V"], State]:
         """Read T tokens of B sequences: T = 1 is decoding, T large is prefill or training.
 
@@ -145,6 +146,7 @@ class RWKV(nn.Module):
         state       of B rows, never changed; None = `initial_state`
         cu_seqlens  n + 1 offsets with B = 1: n documents packed in one row, nothing leaks between them, state of n rows
         last_only   logits of the last position (of every document) only
+        head        False: what the head reads, LN_out(x) (B, T, D), in place of logits
 
         Returns logits (B, T, V) (last_only: (B, 1, V), with cu_seqlens (1, n, V)) and the state after the last token.
         Raises ValueError for ids out of range (checked on the CPU only), wrong shapes, or a state of another model.
@@ -164,7 +166,8 @@ class RWKV(nn.Module):
         if last_only:
             x = x[:, -1:] if offsets is None else x[:, [end - 1 for end in offsets[1:]]]
         tokens_read = tuple(n + length for n, length in zip(state.tokens, lengths, strict=True))
-        return self.head(self.ln_out(x)), State(tuple(layers), tokens_read, state.fingerprint or self.fingerprint)
+        x = self.ln_out(x)
+        return (self.head(x) if head else x), State(tuple(layers), tokens_read, state.fingerprint or self.fingerprint)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the weights with their official names: `.pth` (RWKV-LM's state dict) or `.safetensors`; atomic.
