@@ -90,7 +90,7 @@ def prefill(preset: str, options: argparse.Namespace) -> Iterator[Row]:
     made = peers.files(preset, options.directory)
     with ExitStack() as stack:
         rivals = {
-            kind: stack.enter_context(best_ubatch(path, options.threads))
+            f"llama.cpp {kind}": stack.enter_context(best_ubatch(path, options.threads))
             for kind, path in made.items()
             if kind != "pth"
         }

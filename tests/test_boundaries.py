@@ -73,7 +73,7 @@ class Data:
 
     identity: dict[str, int | str] = {}  # noqa: RUF012  (never changed)
 
-    def batch_at(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def batch_at(self, step: int, part: int = 0, parts: int = 1) -> roost.data.batch.Batch:
         raise NotImplementedError
 
 

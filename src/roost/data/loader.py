@@ -14,10 +14,9 @@ import os
 
 import numpy as np
 import torch
-from jaxtyping import Int64
 from numpy.typing import NDArray
-from torch import Tensor
 
+from roost.data.batch import Batch, check_parts
 from roost.data.binidx import TokenFile
 
 
@@ -53,18 +52,20 @@ class TokenLoader:
         size = {"tokens": len(self.file), "tokens_digest": digest}
         return {**size, "ctx": self.ctx, "batch": self.batch, "data_seed": self.seed}
 
-    def batch_at(self, step: int) -> tuple[Int64[Tensor, "batch ctx"], Int64[Tensor, "batch ctx"]]:
-        """Inputs and targets of one step, (batch, ctx) int64 each; targets are the inputs moved on by one token.
+    def batch_at(self, step: int, part: int = 0, parts: int = 1) -> Batch:
+        """Share `part` of `parts` of one step's batch: rows of ctx tokens; targets are inputs moved on by one token.
 
-        Raises ValueError when step is negative.
+        Raises ValueError when step is negative or `batch` rows have no such share.
         """
         if step < 0:
             raise ValueError(f"step is {step}; it must be at least 0")
-        first = step * self.batch
-        starts = [self._window(k) * self.ctx for k in range(first, first + self.batch)]
+        check_parts("rows", self.batch, parts, part)
+        share = self.batch // parts
+        first = step * self.batch + part * share
+        starts = [self._window(k) * self.ctx for k in range(first, first + share)]
         rows = np.stack([self.file.tokens[start : start + self.ctx + 1] for start in starts]).astype(np.int64)
         tokens = torch.as_tensor(rows)
-        return tokens[:, :-1], tokens[:, 1:]
+        return Batch(tokens[:, :-1], tokens[:, 1:])
 
     def _window(self, sample: int) -> int:
         epoch, place = divmod(sample, self.windows)

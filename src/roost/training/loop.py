@@ -1,43 +1,40 @@
-"""The training loop, visible in full: batch, loss, gradients, step, log, checkpoint, validation.
+"""The training loop, visible in full: batch, loss, gradients, step, log, validation, checkpoint.
+
+    for each part of the step's batch:   (objective(model, part).loss / targets in the whole step).backward()
+    clip, AdamW at the rate of the step
 
 Owns: the order of a step, and exact resume: a run that is killed and resumed on the same machine gives the same losses
-and weights, because a batch is a pure function of the step and a checkpoint holds everything else.
-Refuses to know: recipes, command lines and how documents became tokens.
+and weights, because a batch, the rate and every random draw are pure functions of the step and a checkpoint holds
+everything else.
+Refuses to know: recipes, command lines, how documents became tokens, what the objective is, process groups.
 """
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from functools import partial
+from math import isfinite
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from roost.checks import instance
-from roost.models.rwkv import RWKV, check_storable
+from roost.data.batch import Batch, Batches
+from roost.models.rwkv import RWKV
+from roost.training.blocks import prepared
 from roost.training.config import TrainConfig
-from roost.training.loss import next_token_loss
+from roost.training.guards import Interrupted, catching, drawing, dump
+from roost.training.loss import Objective, next_token_sums
+from roost.training.metrics import Log, Meter, flops_per_token, measured_peak
 from roost.training.optim import learning_rate, optimiser
-from roost.training.resume import restore, save, trace_of_a_run
-from roost.training.validation import Held, validate
+from roost.training.reducer import Alone, Reducer
+from roost.training.resume import Position, Trained, restore, save
+from roost.training.start import Length, check_run, check_start, length_of, save_model, settings_of
+from roost.training.validation import Held, validate_all
 
-
-@runtime_checkable
-class Batches(Protocol):
-    """What the loop needs of data: a pure function from step to (inputs, targets), both (B, T) int64."""
-
-    @property
-    def identity(self) -> Mapping[str, int | str]:
-        """What decides the batches, by name; a resumed run must have the same."""
-        ...
-
-    def batch_at(self, step: int) -> tuple[Tensor, Tensor]:
-        """The batch of one step, the same every time."""
-        ...
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Progress(NamedTuple):
@@ -49,110 +46,209 @@ class Progress(NamedTuple):
     tokens_per_second: float
 
 
+class StepResult(NamedTuple):
+    """One step: nats per token, gradient norm before clipping, whether it was skipped, targets, inputs, seconds."""
+
+    loss: float
+    norm: float
+    skipped: bool
+    tokens: int
+    waited: float
+    parts: list[Batch]
+
+
 def train(
     model: RWKV,
     data: Batches,
     config: TrainConfig,
     *,
+    objective: Objective | None = None,
     validation: Mapping[str, Held] | None = None,
+    sample: Callable[[RWKV], str] | None = None,
+    save_final: Callable[[Path], Path] | None = None,
+    reducer: Reducer | None = None,
     resume: bool = False,
     progress: Callable[[Progress], None] | None = None,
 ) -> Path:
-    """Train `model` in place until `config.steps`, and write `final.safetensors`; returns its path.
+    """Train `model` in place to the end that `config` names, and write the final model; returns its path.
 
-    Writes to config.out: log.jsonl (one object per log line or validation), step-N.pt (the newest `keep`) and the final
-    model. With `resume` the run goes on from the newest checkpoint, or starts if there is none.
+    objective   what is minimised; default: cross-entropy of the next token, and L2Wrap
+    validation  held-out streams by name
+    sample      writes a short text with the model; logged after every validation
+    save_final  out -> path of what was written; default: model.save(out / "final.safetensors")
+    reducer     the ranks of a run on several devices
 
-    Raises ValueError when config.out already holds a run and `resume` is false, when a resume changes what decides the
-    run, when the weights are 16-bit (use precision "bf16" with fp32 weights), and when the loss or a gradient is not
-    finite.
+    Trains the parameters that require a gradient. Writes to config.out: log.jsonl (one object per log line, validation
+    or warning), step-N.pt (the newest `keep`), bad-step-N.pt (the batch of a skipped step) and the final model. With
+    `resume` the run goes on from the newest checkpoint, or starts if there is none.
+
+    Raises ValueError, before any work, when config.out already holds a run and `resume` is false, when a resume changes
+    what decides the run, when the weights are 16-bit (use precision "bf16" with fp32 weights); later when more than
+    max_bad_steps steps had a loss or gradient that is not finite. Raises Interrupted, a KeyboardInterrupt, after SIGINT
+    or SIGTERM (in the main thread): the step is finished and saved. A checkpoint that the disk refuses is a warning in
+    the log; a final model that it refuses raises OSError.
     """
-    _check(model, data, config)
-    out = Path(config.out)
-    out.mkdir(parents=True, exist_ok=True)
-    adam = optimiser(model, config)
-    for name, held in (validation or {}).items():
-        if len(held.tokens) < 2:
-            raise ValueError(f"the validation stream {name} has {len(held.tokens)} token(s); at least 2 are needed")
-    trace = trace_of_a_run(out)
-    if trace and not resume:
-        raise ValueError(f"{out} already holds a run ({trace.name}): resume it, or choose another directory")
-    settings = _settings(model, data, config)
-    step = restore(out, model, adam, settings) if resume else 0
+    check_run(model, data, config, validation, storable=save_final is None)
+    run = _Run(model, data, config, objective, reducer or Alone())
+    out = check_start(config.out, resume=resume)
+    run.restore(out, resume=resume)
+    log = Log(config, active=run.reducer.is_main)
+    validating = partial(_validate, run, log, validation or {}, sample)
+    dtype = model.dtype if config.precision == "fp32" else DTYPES[config.precision]
+    peak = (config.peak_flops or measured_peak(model.device, dtype)) * run.reducer.ranks
+    meter = Meter(model.device, flops_per_token(model.config), peak)
     model.train()
     model.fingerprint = ""  # the weights change from here on
-    clock, logged = time.perf_counter(), step
+    saved = time.monotonic()
 
-    while step < config.steps:
-        inputs, targets = (x.to(model.device) for x in data.batch_at(step))
-        rate = learning_rate(step, config)
-        loss, norm = _step(model, adam, inputs, targets, rate, config, step)
-        step += 1
-
-        if step % config.log_every == 0 or step == config.steps:
-            speed = (step - logged) * inputs.numel() / (time.perf_counter() - clock)
-            line = {"step": step, "loss": loss, "lr": rate, "gradient_norm": norm, "tokens_per_second": round(speed)}
-            _log(out, line)
-            if progress:
-                progress(Progress(step, config.steps, loss, speed))
-            clock, logged = time.perf_counter(), step
-        if validation and (step == config.steps or (config.validate_every and step % config.validate_every == 0)):
-            for name, held in validation.items():
-                nats, bits = validate(model, held)
-                _log(out, {"step": step, "validation": name, "loss": nats, "bits_per_byte": bits})
-            clock, logged = time.perf_counter(), step
-        if step % config.save_every == 0 and step < config.steps:
-            save(out, step, model, adam, settings, config.keep)
-            clock, logged = time.perf_counter(), step
-
-    model.eval()
-    final = out / "final.safetensors"
-    model.save(final)
-    return final
-
-
-def _check(model: RWKV, data: object, config: object) -> None:
-    instance("data", data, Batches, "such as roost.TokenLoader(path, ctx, batch)")
-    instance("config", config, TrainConfig)
-    if model.dtype not in (torch.float32, torch.float64):
-        raise ValueError(f"the weights are {model.dtype}: training needs fp32; precision='bf16' is for products")
-    check_storable(model.config)
+    try:
+        with prepared(model, config), catching() as signals:
+            while run.position.step < run.length.steps:
+                result = run.step()
+                step, last = run.position.step, run.position.step == run.length.steps
+                meter.tokens, meter.waited = meter.tokens + run.length.tokens, meter.waited + result.waited
+                if result.skipped:
+                    run.guard(out, log, result)
+                elif step % config.log_every == 0 or last:
+                    figures = meter.figures()
+                    line = {"loss": result.loss, "lr": run.rate(step - 1), "gradient_norm": result.norm}
+                    log.write({"step": step, "tokens": step * run.length.tokens, **line, **figures})
+                    if progress:
+                        progress(Progress(step, run.length.steps, result.loss, figures["tokens_per_second"]))
+                if last or (config.validate_every and step % config.validate_every == 0):
+                    validating()
+                    meter.restart()
+                asked = run.agree(signals.caught)
+                timed = config.save_minutes and time.monotonic() - saved >= 60 * config.save_minutes
+                if not last and (asked or step % config.save_every == 0 or run.agree(int(bool(timed)))):
+                    path = run.save(out, log)
+                    saved = time.monotonic()
+                    meter.restart()
+                    if asked:
+                        raise Interrupted(asked, step, path)
+        model.eval()
+        return save_model(model, out, config, save_final, run.reducer)
+    finally:
+        model.eval()
+        log.close()
 
 
-def _settings(model: RWKV, data: Batches, config: TrainConfig) -> dict[str, Any]:
-    """Everything that decides the losses of a run."""
-    free = ("out", "save_every", "keep", "validate_every", "log_every")
-    numbers = {name: value for name, value in asdict(config).items() if name not in free}
-    settings = {**numbers, **asdict(model.config), **data.identity}
-    for name, value in settings.items():
-        if type(value) not in (int, float, str, bool):  # a checkpoint holds plain values only
+class _Run:
+    """What does not change during a run, and its position."""
+
+    def __init__(
+        self, model: RWKV, data: Batches, config: TrainConfig, objective: Objective | None, reducer: Reducer
+    ) -> None:
+        self.model, self.data, self.config, self.reducer = model, data, config, reducer
+        self.objective: Objective = objective or partial(next_token_sums, l2wrap=config.l2wrap)
+        self.count: Callable[[Batch], int] = getattr(self.objective, "count", _targets)
+        self.length: Length = length_of(data, config)
+        self.position = Position()
+        scaler = torch.amp.GradScaler(model.device.type, enabled=config.precision == "fp16")
+        self.trained = Trained(model, optimiser(model, config), scaler)
+        self.settings = settings_of(model, data, config)
+
+    def restore(self, out: Path, *, resume: bool) -> None:
+        """Go where the newest checkpoint is."""
+        if resume:
+            self.reducer.barrier()
+            self.position = restore(out, self.trained, self.settings, is_main=self.reducer.is_main)
+            self.reducer.barrier()
+
+    def rate(self, step: int) -> float:
+        """The learning rate of a step."""
+        return learning_rate(step, self.config, self.length.exact)
+
+    def agree(self, value: int) -> int:
+        """The same answer on every rank: `value` of any rank that has one."""
+        if self.reducer.ranks == 1:
+            return value
+        return value if self.reducer.sum_counts(value) == value * self.reducer.ranks else 15  # SIGTERM, for all
+
+    def step(self) -> StepResult:
+        """One optimiser step, or none where the loss or a gradient is not finite. Moves the position on."""
+        config, step, (model, adam, scaler) = self.config, self.position.step, self.trained
+        shares = config.accumulate * self.reducer.ranks
+        first = config.accumulate * self.reducer.rank
+        start = time.perf_counter()
+        parts = [self.data.batch_at(step, first + i, shares) for i in range(config.accumulate)]
+        waited = time.perf_counter() - start
+        count = max(self.reducer.sum_counts(sum(self.count(part) for part in parts)), 1)
+
+        adam.zero_grad(set_to_none=True)
+        device, totals = model.device, torch.zeros(2, device=model.device)  # objective, cross-entropy
+        for i, part in enumerate(parts):
+            with drawing(device, config.seed, step, first + i):
+                with torch.autocast(device.type, DTYPES[config.precision], enabled=config.precision != "fp32"):
+                    sums = self.objective(model, part.to(device))
+                scaler.scale(sums.loss / count).backward()
+            totals += torch.stack([sums.loss.detach(), sums.entropy.detach()]).to(totals.dtype) / count
+        parameters = [parameter for group in adam.param_groups for parameter in group["params"]]
+        self.reducer.reduce_gradients(parameters)
+        totals = self.reducer.sum_values(totals)
+        scaler.unscale_(adam)
+        norm = _whole(torch.nn.utils.clip_grad_norm_(parameters, config.clip)).item()
+        total, loss = totals.tolist()
+        finite = isfinite(norm) and isfinite(total)
+        for group in adam.param_groups:
+            group["lr"] = self.rate(step) * group["scale"]
+        if finite:
+            scaler.step(adam)
+        scale = scaler.get_scale()
+        scaler.update()
+        skipped = not finite and not (isfinite(total) and scaler.is_enabled() and scale > 1)  # fp16 found its scale
+        self.position = Position(step + 1, self.position.bad + skipped)
+        return StepResult(loss, norm, skipped, count, waited, parts)
+
+    def guard(self, out: Path, log: Log, result: StepResult) -> None:
+        """Note a skipped step and keep its batch. Raises ValueError at one too many."""
+        step, (loss, norm) = self.position.step - 1, (result.loss, result.norm)
+        found = f"loss {loss}, gradient norm {norm}"
+        log.write({"step": self.position.step, "warning": f"step {step} was skipped: {found}"})
+        rank = f"-rank-{self.reducer.rank}" if self.reducer.ranks > 1 else ""
+        path = out / f"bad-step-{step}{rank}.pt"
+        try:
+            dump(path, result.parts, {"step": step, "loss": loss, "gradient_norm": norm})
+        except OSError as error:
+            log.write({"step": self.position.step, "warning": f"the batch of step {step} was not kept: {error}"})
+        if self.position.bad > self.config.max_bad_steps:
             raise ValueError(
-                f"{name} is a {type(value).__name__}; the identity of the data must be plain numbers or text"
+                f"step {step}: {found}; that is bad step {self.position.bad} (max_bad_steps ="
+                f" {self.config.max_bad_steps}, its batch is {path}). The weights are as they were before it: lower lr"
+                f" (now {self.rate(step):g}) or raise eps, and resume from the last checkpoint"
             )
-    return settings
+
+    def save(self, out: Path, log: Log) -> Path | None:
+        """Write a checkpoint; None, and a warning in the log, when the disk refuses it."""
+        path: Path | None = out / f"step-{self.position.step}.pt"
+        if self.reducer.is_main:
+            try:
+                save(out, self.position, self.trained, self.settings, self.config.keep)
+            except OSError as error:
+                path = None
+                log.write({"step": self.position.step, "warning": f"no checkpoint: {error}"})
+        self.reducer.barrier()
+        return path
 
 
-def _step(
-    model: RWKV, adam: torch.optim.AdamW, inputs: Tensor, targets: Tensor, rate: float, config: TrainConfig, step: int
-) -> tuple[float, float]:
-    """One optimiser step: (cross-entropy in nats per token, gradient norm before clipping)."""
-    with torch.autocast(inputs.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
-        logits, _ = model(inputs)
-    objective, entropy = next_token_loss(logits, targets, config.l2wrap)
-    adam.zero_grad(set_to_none=True)
-    objective.backward()
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)
-    if not (torch.isfinite(norm) and torch.isfinite(objective)):
-        raise ValueError(
-            f"step {step}: loss {entropy.item()}, gradient norm {norm.item()}; the weights are as they were before"
-            f" this step: lower lr (now {rate:g}) or raise eps and resume from the last checkpoint"
-        )
-    for group in adam.param_groups:
-        group["lr"] = rate * group["scale"]
-    adam.step()
-    return entropy.item(), norm.item()
+def _targets(part: Batch) -> int:
+    return int((part.targets >= 0).sum())
 
 
-def _log(out: Path, line: dict[str, Any]) -> None:
-    with (out / "log.jsonl").open("a", encoding="utf-8") as file:
-        file.write(json.dumps(line) + "\n")
+def _whole(norm: Tensor) -> Tensor:
+    """A norm of sharded gradients, added up over the ranks."""
+    full: Callable[[], Tensor] | None = getattr(norm, "full_tensor", None)
+    return full() if full else norm
+
+
+def _validate(
+    run: _Run, log: Log, streams: Mapping[str, Held], sample: Callable[[RWKV], str] | None
+) -> None:
+    run.model.eval()
+    for line in validate_all(run.model, streams):
+        log.write({"step": run.position.step, **line})
+    if sample:
+        log.write({"step": run.position.step, "sample": sample(run.model)})
+    run.model.train()
+
+

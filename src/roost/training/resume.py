@@ -1,26 +1,45 @@
 """What a killed run needs to go on exactly: checkpoints, and a log that ends where the checkpoint does.
 
-Owns: the file step-N.pt (weights, optimiser, step, and the settings that decide the run), what "holds a run" means, and
-the refusal to resume with other settings.
+Owns: the file step-N.pt (trained parameters, optimiser, position, loss scale, and the settings that decide the run),
+what "holds a run" means, and the refusal to resume with other settings.
 Refuses to know: how a step is made.
 """
 
 from __future__ import annotations
 
-import json
 import pickle
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from roost.files import clear_abandoned, disk_errors, replacing
 from roost.models.rwkv import RWKV
+from roost.training.metrics import trim
 
 Settings = Mapping[str, Any]
 """Everything that decides the losses of a run: numbers, model and data, by name."""
+
+
+class Position(NamedTuple):
+    """Where a run is: steps made, and how many of them were skipped as bad."""
+
+    step: int = 0
+    bad: int = 0
+
+
+class Trained(NamedTuple):
+    """What a run changes."""
+
+    model: RWKV
+    optimiser: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+
+    def parameters(self) -> dict[str, torch.nn.Parameter]:
+        """The parameters that are trained, by name."""
+        return {name: value for name, value in self.model.named_parameters() if value.requires_grad}
 
 
 def checkpoints(out: Path) -> list[Path]:
@@ -35,42 +54,48 @@ def trace_of_a_run(out: Path) -> Path | None:
     return next((path for path in candidates if path.exists()), None)
 
 
-def save(out: Path, step: int, model: RWKV, optimiser: torch.optim.Optimizer, settings: Settings, keep: int) -> None:
+def save(out: Path, position: Position, trained: Trained, settings: Settings, keep: int) -> Path:
     """Write step-N.pt atomically, then drop all but the newest `keep`. Raises OSError when the disk is full."""
     content = {
-        "step": step,
+        "step": position.step,
+        "bad": position.bad,
         "settings": dict(settings),
-        "model": model.state_dict(),
-        "optimiser": optimiser.state_dict(),
+        "model": {name: value.detach() for name, value in trained.parameters().items()},
+        "optimiser": trained.optimiser.state_dict(),
+        "scaler": trained.scaler.state_dict(),
     }
-    path = out / f"step-{step}.pt"
+    path = out / f"step-{position.step}.pt"
     with replacing(path) as temporary, disk_errors(path):
         torch.save(content, temporary)
     for old in checkpoints(out)[:-keep]:
         old.unlink()
+    return path
 
 
-def restore(out: Path, model: RWKV, optimiser: torch.optim.Optimizer, settings: Settings) -> int:
-    """Load the newest checkpoint of `out`, if any, and return its step (0 without one).
+def restore(out: Path, trained: Trained, settings: Settings, *, is_main: bool = True) -> Position:
+    """Load the newest checkpoint of `out`, if any, and return its position (the start without one).
 
-    Clears what a killed process left half-written, here and in the log. Raises ValueError when the checkpoint is
-    damaged, or when a setting differs from the one it was trained with.
+    Clears what a killed process left half-written, here and in the log (`is_main`). Raises ValueError when the
+    checkpoint is damaged, or when a setting differs from the one it was trained with.
     """
-    clear_abandoned(out)
+    if is_main:
+        clear_abandoned(out)
     saved = checkpoints(out)
-    step = _load(saved, model, optimiser, settings) if saved else 0
-    _trim(out / "log.jsonl", step)
-    return step
+    position = _load(saved, trained, settings) if saved else Position()
+    if is_main:
+        trim(out / "log.jsonl", position.step)
+    return position
 
 
-def _load(saved: list[Path], model: RWKV, optimiser: torch.optim.Optimizer, settings: Settings) -> int:
+def _load(saved: list[Path], trained: Trained, settings: Settings) -> Position:
     path = saved[-1]
     try:
         with zipfile.ZipFile(path) as archive:
             if archive.testzip():  # torch does not look at the checksums
                 raise RuntimeError("its checksums do not match")
-        content: dict[str, Any] = torch.load(path, map_location=model.device, weights_only=True)
-        stored, weights, moments, step = (content[key] for key in ("settings", "model", "optimiser", "step"))
+        content: dict[str, Any] = torch.load(path, map_location=trained.model.device, weights_only=True)
+        stored, weights, moments = (content[key] for key in ("settings", "model", "optimiser"))
+        position, scale = Position(content["step"], content["bad"]), content["scaler"]
     except (RuntimeError, EOFError, KeyError, TypeError, OSError, zipfile.BadZipFile, pickle.UnpicklingError) as error:
         before = f"; the run then goes on from {saved[-2].name}" if len(saved) > 1 else "; the run then starts anew"
         raise ValueError(f"{path} is damaged: delete it{before} ({error})") from error
@@ -79,21 +104,13 @@ def _load(saved: list[Path], model: RWKV, optimiser: torch.optim.Optimizer, sett
             raise ValueError(
                 f"{path} was trained with {name} = {stored.get(name)}, not {settings.get(name)}: a resume keeps it"
             )
-    model.load_state_dict(weights)
-    optimiser.load_state_dict(moments)
-    return step
-
-
-def _trim(path: Path, step: int) -> None:
-    """Drop the lines after `step`, which will be written again, and a last line that was cut short."""
-    if not path.is_file():
-        return
-    kept: list[str] = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line + "\n")
-        except (json.JSONDecodeError, KeyError, TypeError):
-            break
-    with replacing(path) as temporary:
-        temporary.write_text("".join(kept), encoding="utf-8")
+    parameters = trained.parameters()
+    if {name: value.shape for name, value in weights.items()} != {n: p.shape for n, p in parameters.items()}:
+        odd = sorted(weights.keys() ^ parameters.keys()) or ["a shape"]
+        raise ValueError(f"{path} holds other trained parameters than this run: {odd[0]} differs")
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(weights[name])
+    trained.optimiser.load_state_dict(moments)
+    trained.scaler.load_state_dict(scale)
+    return position

@@ -5,8 +5,9 @@ Owns: nats per token and bits per byte of a token stream. Refuses to know: where
 
 from __future__ import annotations
 
-from math import log
-from typing import NamedTuple
+from collections.abc import Mapping
+from math import exp, inf, isfinite, log
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,15 +17,58 @@ from roost.models.rwkv import RWKV
 
 
 class Held(NamedTuple):
-    """One validation stream: token ids (N,) and the bytes each id of the vocabulary stands for (V,)."""
+    """One validation stream: token ids (N,), the bytes each id of the vocabulary stands for (V,), what it is."""
 
     tokens: Tensor
     byte_lengths: Tensor
+    domain: str = ""
+    language: str = ""
+
+
+class Figures(NamedTuple):
+    """Sums over a stream: nats, targets, bytes of the targets."""
+
+    nats: float
+    tokens: int
+    bytes: int
+
+    def line(self, name: str) -> dict[str, Any]:
+        """Loss in nats per token, perplexity and bits per byte, as a log line."""
+        loss = self.nats / max(self.tokens, 1)
+        perplexity = exp(loss) if loss < 700 else inf
+        numbers = {
+            "loss": loss,
+            "perplexity": perplexity,
+            "bits_per_byte": self.nats / log(2) / max(self.bytes, 1),
+        }
+        finite = {key: value if isfinite(value) else None for key, value in numbers.items()}
+        return {"validation": name, **finite, "tokens": self.tokens}
+
+
+def validate_all(model: RWKV, streams: Mapping[str, Held]) -> list[dict[str, Any]]:
+    """One log line per stream, then one per domain and per language that any stream names: all its tokens together."""
+    found = {name: (held, measure(model, held)) for name, held in streams.items()}
+    lines = [figures.line(name) for name, (_, figures) in found.items()]
+    for kind in ("domain", "language"):
+        groups: dict[str, list[Figures]] = {}
+        for held, figures in found.values():
+            if name := getattr(held, kind):
+                groups.setdefault(name, []).append(figures)
+        for name, several in groups.items():
+            total = Figures(sum(f.nats for f in several), sum(f.tokens for f in several), sum(f.bytes for f in several))
+            lines.append(total.line(f"{kind} {name}"))
+    return lines
+
+
+def validate(model: RWKV, held: Held, rows: int = 16, chunk: int = 512) -> tuple[float, float]:
+    """(nats per token, bits per byte) of a stream; see `measure`."""
+    found = measure(model, held, rows, chunk)
+    return found.nats / found.tokens, found.nats / log(2) / max(found.bytes, 1)
 
 
 @torch.no_grad()
-def validate(model: RWKV, held: Held, rows: int = 16, chunk: int = 512) -> tuple[float, float]:
-    """(nats per token, bits per byte): the stream is cut into `rows` long rows, read in chunks with carried state.
+def measure(model: RWKV, held: Held, rows: int = 16, chunk: int = 512) -> Figures:
+    """The sums over a stream: it is cut into `rows` long rows, read in chunks with carried state.
 
     Every row begins from the initial state, so the figure is a little above that of one uninterrupted reading; the last
     tokens, fewer than `rows`, are left out. Chunks are shortened where the logits would take more than 256 MB.
@@ -42,4 +86,4 @@ def validate(model: RWKV, held: Held, rows: int = 16, chunk: int = 512) -> tuple
         wanted = targets[:, start : start + chunk]
         nats += F.cross_entropy(logits.flatten(0, 1).float(), wanted.flatten(), reduction="sum").item()
     size = int(held.byte_lengths[targets.flatten().cpu()].sum())
-    return nats / targets.numel(), nats / log(2) / max(size, 1)
+    return Figures(nats, targets.numel(), size)
