@@ -71,18 +71,17 @@ def test_formats_by_role() -> None:
         ("w16", "f32"),
         ("blocks.0.att.time_maa_w1", "blocks.2.att.time_maa_w2.g", "blocks.1.att.time_decay_w2"),
     )
-    attention = [f"blocks.1.att.{part}.weight" for part in ("receptance", "key", "value")]
+    attention = [f"blocks.1.att.{part}.weight" for part in ("receptance", "key", "value", "gate")]
     channel = [f"blocks.0.ffn.{part}.weight" for part in ("key", "receptance", "value")]
     expected: dict[WeightsFormat, tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...], tuple[str, ...]]] = {
         "fp32": (exact, exact, exact, ("rows16", "rows32")),
         "bf16": (("bf16",), ("bf16",), ("bf16",), ("rows16",)),
         "int8": (("i8",), ("i8 fine",), ("i8 fine",), ("rows16",)),
-        "int4": (("i4",), ("i8 fine",), ("i8 fine",), ("rows16",)),
+        "int4": (("i4",), ("i4",), ("i8 fine",), ("rows16",)),
     }
     for weights, (projection, output, head, embedding) in expected.items():
         found = kinds(finch, weights)
         assert {found[name] for name in (*attention, *channel)} == {projection}
-        assert found["blocks.1.att.gate.weight"] == (("i8",) if weights == "int4" else projection)
         assert found["blocks.2.att.output.weight"] == output and found["head.weight"] == head
         assert found["emb.weight"] == embedding and {found[name] for name in low} == {exact}
         for name in ("blocks.0.ln0.bias", "blocks.1.att.ln_x.weight", "blocks.0.att.time_decay", "ln_out.weight"):

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import os
 import struct
-from collections.abc import Iterable, Sequence
+from collections.abc import Generator, Iterable, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -48,12 +49,13 @@ class TokenFile:
     path  the common prefix, or the .bin or the .idx
 
     `tokens` is the whole stream, 1-D, read-only, in the dtype of the file; `len` counts tokens; `documents(i)` is one
-    document with its closing 0; `count` is the number of documents. Raises ValueError when a file is missing,
-    truncated or damaged.
+    document with its closing 0; `count` is the number of documents, `borders` (count + 1,) where each begins and where
+    the last ends. Raises ValueError when a file is missing, truncated or damaged.
     """
 
     tokens: Tokens
     count: int
+    borders: NDArray[np.int64]
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path, index = _pair(path)
@@ -72,7 +74,7 @@ class TokenFile:
             self.tokens = np.memmap(self.path, dtype=dtype, mode="r")
         else:
             self.tokens = np.empty(0, dtype)
-        self._borders = ends[documents]
+        self.borders = ends[documents]
         self.count = len(documents) - 1
 
     def __len__(self) -> int:
@@ -82,7 +84,25 @@ class TokenFile:
         """Document `i` as a view of `tokens`. Raises ValueError out of range."""
         if not 0 <= i < self.count:
             raise ValueError(f"document {i} does not exist: {self.path} has {self.count}, numbered from 0")
-        return self.tokens[self._borders[i] : self._borders[i + 1]]
+        return self.tokens[self.borders[i] : self.borders[i + 1]]
+
+    def check_ids(self, vocab_size: int) -> None:
+        """Raise ValueError, naming the place, when a token is outside 0..vocab_size-1.
+
+        Reads the whole file, unless its dtype cannot hold such an id.
+        """
+        limits = np.iinfo(self.tokens.dtype)
+        if limits.min >= 0 and limits.max < vocab_size:
+            return
+        for start in range(0, len(self), 1 << 22):
+            block = self.tokens[start : start + (1 << 22)]
+            bad = (block < 0) | (block >= vocab_size) if limits.min < 0 else block >= vocab_size
+            if bad.any():
+                place = int(np.argmax(bad))
+                raise ValueError(
+                    f"{self.path} holds token id {block[place]} (token {start + place:,} of the file), outside"
+                    f" 0..{vocab_size - 1}: it was made with another vocabulary"
+                )
 
 
 def _read_index(
@@ -124,26 +144,69 @@ def write_tokens(
 
     Raises ValueError for an id outside the vocabulary, or a document of 2**31 - 1 ids or more.
     """
-    if not 1 <= vocab_size < 2**31:
-        raise ValueError(f"vocab_size is {vocab_size}; it must be between 1 and 2**31 - 1")
-    code = 8 if vocab_size <= 65536 else 4
+    code = _code(vocab_size)
     dtype = _DTYPES[code]
-    binary, index = _pair(path)
     sizes: list[int] = []
-    # the .bin is renamed first: an .idx never describes tokens that are not there
-    with replacing(index) as new_index, replacing(binary) as new_binary:
+    with _new_pair(path) as (new_index, new_binary):
         with new_binary.open("wb") as out:
             for number, document in enumerate(documents):
                 ids = _checked(document, vocab_size, number)
                 out.write(ids.astype(dtype).tobytes())
                 out.write(bytes(dtype.itemsize))
                 sizes.append(len(ids) + 1)
-        ends = np.concatenate([np.zeros(1, "<i8"), np.cumsum(sizes, dtype="<i8")])
-        with new_index.open("wb") as out:
-            out.write(_HEADER.pack(_MAGIC, 1, code, len(sizes), len(sizes) + 1))
-            out.write(np.array(sizes, "<i4").tobytes())
-            out.write((ends[:-1] * dtype.itemsize).astype("<i8").tobytes())
-            out.write(np.arange(len(sizes) + 1, dtype="<i8").tobytes())
+        return _write_index(new_index, np.array(sizes, np.int64), code)
+
+
+def write_blocks(
+    path: str | os.PathLike[str], blocks: Iterable[NDArray[Any]], sizes: NDArray[Any], *, vocab_size: int = 65536
+) -> int:
+    """As `write_tokens`, from ids that are known to be good and already hold the closing 0 of every document.
+
+    blocks  1-D arrays that make the stream when joined, cut anywhere
+    sizes   (documents,) tokens of each, the closing 0 included
+
+    Raises ValueError when the blocks have another number of tokens than the sizes.
+    """
+    code = _code(vocab_size)
+    dtype, found = _DTYPES[code], 0
+    with _new_pair(path) as (new_index, new_binary):
+        with new_binary.open("wb") as out:
+            for block in blocks:
+                out.write(np.ascontiguousarray(block, dtype).data)
+                found += len(block)
+        total = _write_index(new_index, sizes, code)
+        if total != found:
+            raise ValueError(f"{path}: the documents have {total:,} tokens by their sizes, but {found:,} were given")
+    return total
+
+
+def id_dtype(vocab_size: int) -> np.dtype[Any]:
+    """What ids of this vocabulary are written as: uint16 up to 65,536, int32 beyond. Raises ValueError beyond that."""
+    return _DTYPES[_code(vocab_size)]
+
+
+def _code(vocab_size: int) -> int:
+    if not 1 <= vocab_size < 2**31:
+        raise ValueError(f"vocab_size is {vocab_size}; it must be between 1 and 2**31 - 1")
+    return 8 if vocab_size <= 65536 else 4
+
+
+@contextmanager
+def _new_pair(path: str | os.PathLike[str]) -> Generator[tuple[Path, Path], None, None]:
+    """Temporary paths for .idx and .bin; the .bin is renamed first: an .idx never describes what is not there."""
+    binary, index = _pair(path)
+    with replacing(index) as new_index, replacing(binary) as new_binary:
+        yield new_index, new_binary
+
+
+def _write_index(path: Path, sizes: NDArray[Any], code: int) -> int:
+    """Write an .idx of one item per document and return the number of tokens."""
+    ends = np.concatenate([np.zeros(1, np.int64), np.cumsum(sizes, dtype=np.int64)])
+    with path.open("wb") as out:
+        out.write(_HEADER.pack(_MAGIC, 1, code, len(sizes), len(sizes) + 1))
+        out.write(sizes.astype("<i4").tobytes())
+        out.write((ends[:-1] * _DTYPES[code].itemsize).astype("<i8").tobytes())
+        out.write(np.arange(len(sizes) + 1, dtype="<i8").tobytes())
     return int(ends[-1])
 
 

@@ -26,10 +26,8 @@ _MATRICES: dict[str, dict[str, tuple[str, ...]]] = {
     "fp32": {},
     "bf16": {"": ("bf16",)},
     "int8": {"": ("i8",), "att.output": ("i8 fine",), "head": ("i8 fine",)},
-    "int4": {"": ("i4",), "att.gate": ("i8",), "att.output": ("i8 fine",), "head": ("i8 fine",)},
-}
-# Kinds of the projections, "" for those not named. 8-bit activations hurt att.output and the head most; 4-bit weights hurt
-# the gate and output of time mixing most: a tenth more bytes there take away two fifths of the divergence.
+    "int4": {"": ("i4",), "head": ("i8 fine",)},
+}  # kinds of the projections, "" for those not named; 8-bit activations hurt att.output and the head most
 _LORA = ("time_maa_w1", "time_maa_w2", "time_decay_w1", "time_decay_w2")  # stored inputs first; y = x W
 
 

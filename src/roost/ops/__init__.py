@@ -8,7 +8,7 @@ Refuses to know: models, tokens, files.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
 
@@ -24,6 +24,7 @@ BACKENDS = ("reference", "chunked", "native")
 """Names that `wkv_backend` accepts."""
 
 _forced: str | None = None
+_around: Callable[..., tuple[Tensor, Tensor]] | None = None
 
 
 @contextmanager
@@ -40,6 +41,29 @@ def wkv_backend(name: str) -> Generator[None, None, None]:
         yield
     finally:
         _forced = before
+
+
+@contextmanager
+def wkv_around(outer: Callable[..., tuple[Tensor, Tensor]]) -> Generator[None, None, None]:
+    """Inside the block every `wkv` call is answered by `outer`, with the same arguments; what it calls is plain `wkv`.
+
+    It holds for the whole process: for a recurrence that is spread over processes (training/context_parallel.py).
+    """
+    global _around
+
+    def enter(*args: Tensor, **options: object) -> tuple[Tensor, Tensor]:
+        global _around
+        _around = None
+        try:
+            return outer(*args, **options)
+        finally:
+            _around = enter
+
+    before, _around = _around, enter
+    try:
+        yield
+    finally:
+        _around = before
 
 
 def wkv(
@@ -66,6 +90,8 @@ def wkv(
     applied. Any T >= 0 and B >= 0. Differentiable once in all six inputs and through the returned state; a gradient has
     the dtype of its input. Autocast changes nothing inside. Raises ValueError for impossible shapes or dtypes.
     """
+    if _around is not None:
+        return _around(r, k, v, log_w, u, state, cu_seqlens=cu_seqlens)
     B, T, H, K = _checked(r, k, v, log_w, u)
     offsets = None if cu_seqlens is None else document_offsets(cu_seqlens, B, T)
     rows = B if offsets is None else len(offsets) - 1

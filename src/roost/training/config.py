@@ -21,8 +21,11 @@ Schedule = Literal["cosine", "wsd", "wsd-linear", "constant"]
 """Of the learning rate after the warm-up."""
 
 FREE = frozenset(
-    "out save_every save_minutes keep validate_every log_every accumulate recompute compile max_bad_steps pth"
-    " tensorboard wandb peak_flops".split()
+    (
+        *("out", "save_every", "save_minutes", "keep", "pth"),
+        *("validate_every", "log_every", "tensorboard", "wandb", "peak_flops"),
+        *("accumulate", "recompute", "compile", "max_bad_steps"),
+    )
 )
 """Fields that a resume may change: they decide neither the data nor what a step computes, beyond rounding."""
 

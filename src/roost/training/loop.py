@@ -30,7 +30,7 @@ from roost.training.loss import Objective, next_token_sums
 from roost.training.metrics import Log, Meter, flops_per_token, measured_peak
 from roost.training.optim import learning_rate, optimiser
 from roost.training.reducer import Alone, Reducer
-from roost.training.resume import Position, Trained, restore, save
+from roost.training.resume import Position, Trained, tidy
 from roost.training.start import Length, check_run, check_start, length_of, save_model, settings_of
 from roost.training.validation import Held, validate_all
 
@@ -66,7 +66,7 @@ def train(
     validation: Mapping[str, Held] | None = None,
     sample: Callable[[RWKV], str] | None = None,
     save_final: Callable[[Path], Path] | None = None,
-    reducer: Reducer | None = None,
+    reduce: Reducer | None = None,
     resume: bool = False,
     progress: Callable[[Progress], None] | None = None,
 ) -> Path:
@@ -76,7 +76,7 @@ def train(
     validation  held-out streams by name
     sample      writes a short text with the model; logged after every validation
     save_final  out -> path of what was written; default: model.save(out / "final.safetensors")
-    reducer     the ranks of a run on several devices
+    reduce      the ranks of a run on several devices
 
     Trains the parameters that require a gradient. Writes to config.out: log.jsonl (one object per log line, validation
     or warning), step-N.pt (the newest `keep`), bad-step-N.pt (the batch of a skipped step) and the final model. With
@@ -89,13 +89,13 @@ def train(
     the log; a final model that it refuses raises OSError.
     """
     check_run(model, data, config, validation, storable=save_final is None)
-    run = _Run(model, data, config, objective, reducer or Alone())
+    run = _Run(model, data, config, objective, reduce or Alone())
     out = check_start(config.out, resume=resume)
     run.restore(out, resume=resume)
-    log = Log(config, active=run.reducer.is_main)
+    log = Log(config, active=run.reduce.is_main)
     validating = partial(_validate, run, log, validation or {}, sample)
     dtype = model.dtype if config.precision == "fp32" else DTYPES[config.precision]
-    peak = (config.peak_flops or measured_peak(model.device, dtype)) * run.reducer.ranks
+    peak = (config.peak_flops or measured_peak(model.device, dtype)) * run.reduce.ranks
     meter = Meter(model.device, flops_per_token(model.config), peak)
     model.train()
     model.fingerprint = ""  # the weights change from here on
@@ -119,15 +119,15 @@ def train(
                     validating()
                     meter.restart()
                 asked = run.agree(signals.caught)
-                timed = config.save_minutes and time.monotonic() - saved >= 60 * config.save_minutes
-                if not last and (asked or step % config.save_every == 0 or run.agree(int(bool(timed)))):
+                timed = int(time.monotonic() - saved >= 60 * config.save_minutes > 0)
+                if not last and (asked or step % config.save_every == 0 or (config.save_minutes and run.agree(timed))):
                     path = run.save(out, log)
                     saved = time.monotonic()
                     meter.restart()
                     if asked:
                         raise Interrupted(asked, step, path)
         model.eval()
-        return save_model(model, out, config, save_final, run.reducer)
+        return save_model(model, out, config, save_final, run.reduce)
     finally:
         model.eval()
         log.close()
@@ -137,9 +137,9 @@ class _Run:
     """What does not change during a run, and its position."""
 
     def __init__(
-        self, model: RWKV, data: Batches, config: TrainConfig, objective: Objective | None, reducer: Reducer
+        self, model: RWKV, data: Batches, config: TrainConfig, objective: Objective | None, reduce: Reducer
     ) -> None:
-        self.model, self.data, self.config, self.reducer = model, data, config, reducer
+        self.model, self.data, self.config, self.reduce = model, data, config, reduce
         self.objective: Objective = objective or partial(next_token_sums, l2wrap=config.l2wrap)
         self.count: Callable[[Batch], int] = getattr(self.objective, "count", _targets)
         self.length: Length = length_of(data, config)
@@ -151,9 +151,10 @@ class _Run:
     def restore(self, out: Path, *, resume: bool) -> None:
         """Go where the newest checkpoint is."""
         if resume:
-            self.reducer.barrier()
-            self.position = restore(out, self.trained, self.settings, is_main=self.reducer.is_main)
-            self.reducer.barrier()
+            self.position = self.reduce.restore(out, self.trained, self.settings)
+            if self.reduce.is_main:
+                tidy(out, self.position)
+            self.reduce.barrier()
 
     def rate(self, step: int) -> float:
         """The learning rate of a step."""
@@ -161,19 +162,19 @@ class _Run:
 
     def agree(self, value: int) -> int:
         """The same answer on every rank: `value` of any rank that has one."""
-        if self.reducer.ranks == 1:
+        if self.reduce.ranks == 1:
             return value
-        return value if self.reducer.sum_counts(value) == value * self.reducer.ranks else 15  # SIGTERM, for all
+        return value if self.reduce.sum_counts(value) == value * self.reduce.ranks else 15  # SIGTERM, for all
 
     def step(self) -> StepResult:
         """One optimiser step, or none where the loss or a gradient is not finite. Moves the position on."""
         config, step, (model, adam, scaler) = self.config, self.position.step, self.trained
-        shares = config.accumulate * self.reducer.ranks
-        first = config.accumulate * self.reducer.rank
+        shares = config.accumulate * self.reduce.ranks
+        first = config.accumulate * self.reduce.rank
         start = time.perf_counter()
         parts = [self.data.batch_at(step, first + i, shares) for i in range(config.accumulate)]
         waited = time.perf_counter() - start
-        count = max(self.reducer.sum_counts(sum(self.count(part) for part in parts)), 1)
+        count = max(self.reduce.sum_counts(sum(self.count(part) for part in parts)), 1)
 
         adam.zero_grad(set_to_none=True)
         device, totals = model.device, torch.zeros(2, device=model.device)  # objective, cross-entropy
@@ -184,8 +185,8 @@ class _Run:
                 scaler.scale(sums.loss / count).backward()
             totals += torch.stack([sums.loss.detach(), sums.entropy.detach()]).to(totals.dtype) / count
         parameters = [parameter for group in adam.param_groups for parameter in group["params"]]
-        self.reducer.reduce_gradients(parameters)
-        totals = self.reducer.sum_values(totals)
+        self.reduce.reduce_gradients(parameters)
+        totals = self.reduce.sum_values(totals)
         scaler.unscale_(adam)
         norm = _whole(torch.nn.utils.clip_grad_norm_(parameters, config.clip)).item()
         total, loss = totals.tolist()
@@ -205,7 +206,7 @@ class _Run:
         step, (loss, norm) = self.position.step - 1, (result.loss, result.norm)
         found = f"loss {loss}, gradient norm {norm}"
         log.write({"step": self.position.step, "warning": f"step {step} was skipped: {found}"})
-        rank = f"-rank-{self.reducer.rank}" if self.reducer.ranks > 1 else ""
+        rank = f"-rank-{self.reduce.rank}" if self.reduce.ranks > 1 else ""
         path = out / f"bad-step-{step}{rank}.pt"
         try:
             dump(path, result.parts, {"step": step, "loss": loss, "gradient_norm": norm})
@@ -220,15 +221,11 @@ class _Run:
 
     def save(self, out: Path, log: Log) -> Path | None:
         """Write a checkpoint; None, and a warning in the log, when the disk refuses it."""
-        path: Path | None = out / f"step-{self.position.step}.pt"
-        if self.reducer.is_main:
-            try:
-                save(out, self.position, self.trained, self.settings, self.config.keep)
-            except OSError as error:
-                path = None
-                log.write({"step": self.position.step, "warning": f"no checkpoint: {error}"})
-        self.reducer.barrier()
-        return path
+        try:
+            return self.reduce.save(out, self.position, self.trained, self.settings, self.config.keep)
+        except OSError as error:
+            log.write({"step": self.position.step, "warning": f"no checkpoint: {error}"})
+            return None
 
 
 def _targets(part: Batch) -> int:
@@ -241,14 +238,10 @@ def _whole(norm: Tensor) -> Tensor:
     return full() if full else norm
 
 
-def _validate(
-    run: _Run, log: Log, streams: Mapping[str, Held], sample: Callable[[RWKV], str] | None
-) -> None:
+def _validate(run: _Run, log: Log, streams: Mapping[str, Held], sample: Callable[[RWKV], str] | None) -> None:
     run.model.eval()
     for line in validate_all(run.model, streams):
         log.write({"step": run.position.step, **line})
     if sample:
         log.write({"step": run.position.step, "sample": sample(run.model)})
     run.model.train()
-
-

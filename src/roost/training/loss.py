@@ -13,7 +13,7 @@ Refuses to know: equations of models, optimisers, ranks.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -28,7 +28,8 @@ LARGEST_LOGITS = 2**25
 """Elements of logits held at once; 128 MiB in fp32."""
 
 
-class Sums(NamedTuple):
+@dataclass(frozen=True)
+class Sums:
     """Sums over the targets of a batch.
 
     loss     () fp32, differentiable: cross-entropy in nats plus every other term of the objective
@@ -73,7 +74,8 @@ def token_sums(
     vocab = vocab or int(head.weight.shape[0])  # pyright: ignore[reportFunctionMemberAccess]  (a torch module)
     rows = max(1, largest // vocab)
     if len(flat) <= rows:
-        return Sums(*_pieces(head, flat, wanted, l2wrap), count)
+        whole = logit_sums(head(flat), wanted, l2wrap)
+        return Sums(whole[0], whole[1], count)
     loss, entropy = flat.new_zeros((), dtype=torch.float32), flat.new_zeros((), dtype=torch.float32)
     for x, y in zip(flat.split(rows), wanted.split(rows), strict=True):
         piece: tuple[Tensor, Tensor]

@@ -72,19 +72,19 @@ def save(out: Path, position: Position, trained: Trained, settings: Settings, ke
     return path
 
 
-def restore(out: Path, trained: Trained, settings: Settings, *, is_main: bool = True) -> Position:
+def restore(out: Path, trained: Trained, settings: Settings) -> Position:
     """Load the newest checkpoint of `out`, if any, and return its position (the start without one).
 
-    Clears what a killed process left half-written, here and in the log (`is_main`). Raises ValueError when the
-    checkpoint is damaged, or when a setting differs from the one it was trained with.
+    Raises ValueError when the checkpoint is damaged, or when a setting differs from the one it was trained with.
     """
-    if is_main:
-        clear_abandoned(out)
     saved = checkpoints(out)
-    position = _load(saved, trained, settings) if saved else Position()
-    if is_main:
-        trim(out / "log.jsonl", position.step)
-    return position
+    return _load(saved, trained, settings) if saved else Position()
+
+
+def tidy(out: Path, position: Position) -> None:
+    """Clear what a killed process left half-written, and the log after `position`."""
+    clear_abandoned(out)
+    trim(out / "log.jsonl", position.step)
 
 
 def _load(saved: list[Path], trained: Trained, settings: Settings) -> Position:
