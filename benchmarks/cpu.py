@@ -3,8 +3,9 @@
     python benchmarks/cpu.py DIRECTORY [--models finch-1.6b ..] [--parts decode prefill ..] [--rounds N] [--out FILE]
 
 DIRECTORY holds the random models of peers.py, or will. A comparison keeps both processes open and alternates them, so
-that a neighbour slows both; figures are medians, ratios are of medians. "dense" reads all weights; "sparse" is what
-skipping the weights of zero inputs adds (random weights have half zeros, trained ones more: see `roost bench`).
+that a neighbour slows both; figures are medians, ratios are of medians, left out where a peer is not installed. "dense"
+reads all weights; "sparse" is what skipping the weights of zero inputs adds (random weights have half zeros, trained
+ones more: see `roost bench`).
 
 Refuses to know: how the peers run (peers.py) and how quantised weights do in quality (`roost evaluate-quant`).
 """
@@ -59,28 +60,26 @@ def race(contestants: dict[str, Peer], what: str, count: int, rounds: int) -> di
     return {name: round(count / statistics.median(all_), 2) for name, all_ in seconds.items()}
 
 
-def best_ubatch(path: Path, threads: int) -> Peer:
-    return peers.best_llama_cpp(path, threads)[0]
+def here(package: str) -> bool:
+    """Whether a peer's package is installed."""
+    return importlib.util.find_spec(package) is not None
 
 
 def decode(preset: str, options: argparse.Namespace) -> Iterator[Row]:
     """Writing, each format against the rival formats of its size."""
     made = peers.files(preset, options.directory)
     for weights, rivals in RIVALS.items():
-        with ExitStack() as stack:
-            field = {
-                "dense": roost_model(preset, options.directory, weights, options.threads, skip_zeros=False),
-                "sparse": roost_model(preset, options.directory, weights, options.threads),
-                **{kind: peers.llama_cpp(made[kind], options.threads) for kind in rivals if kind in made},
-            }
-            for peer in field.values():
-                stack.enter_context(peer)
-            speed = race(field, "decode", options.steps, options.rounds)
-            rival = max(speed[kind] for kind in rivals if kind in speed)
+        kinds = [kind for kind in rivals if kind in made] if here("llama_cpp") else []
+        with ExitStack() as stack:  # each is entered as it is made: they end, too, when a later one cannot start
+            dense = stack.enter_context(roost_model(preset, options.directory, weights, options.threads, False))
+            sparse = stack.enter_context(roost_model(preset, options.directory, weights, options.threads))
+            theirs = {kind: stack.enter_context(peers.llama_cpp(made[kind], options.threads)) for kind in kinds}
+            speed = race({"dense": dense, "sparse": sparse, **theirs}, "decode", options.steps, options.rounds)
+            best = max((speed[kind] for kind in kinds), default=None)
+            ratios = {f"{one}_ratio": round(speed[one] / best, 3) for one in ("dense", "sparse")} if best else {}
             yield {
-                "part": "decode", "model": preset, "weights": weights, "tokens_per_s": speed,
-                "dense_ratio": round(speed["dense"] / rival, 3), "sparse_ratio": round(speed["sparse"] / rival, 3),
-                "peak_bytes": field["dense"].peak_bytes(), "load_s": round(field["dense"].load_s, 3),
+                "part": "decode", "model": preset, "weights": weights, "tokens_per_s": speed, **ratios,
+                "peak_bytes": dense.peak_bytes(), "load_s": round(dense.load_s, 3),
                 "file_bytes": (options.directory / f"{preset}.{weights}{packed.ENDING}").stat().st_size,
             }  # fmt: skip
 
@@ -90,34 +89,36 @@ def prefill(preset: str, options: argparse.Namespace) -> Iterator[Row]:
     made = peers.files(preset, options.directory)
     with ExitStack() as stack:
         rivals = {
-            f"llama.cpp {kind}": stack.enter_context(best_ubatch(path, options.threads))
+            f"llama.cpp {kind}": stack.enter_context(peers.best_llama_cpp(path, options.threads)[0])
             for kind, path in made.items()
-            if kind != "pth"
+            if kind != "pth" and here("llama_cpp")
         }
         ours = {
             weights: stack.enter_context(roost_model(preset, options.directory, weights, options.threads))
             for weights in RIVALS
         }
         first = race(rivals, "prefill", 512, 1)
-        fastest = max(first, key=lambda kind: first[kind])
+        fastest = sorted(first, key=lambda kind: -first[kind])[:1]
         for count in (512, 2048):
-            speed = race({**ours, fastest: rivals[fastest]}, "prefill", count, options.rounds)
-            ratios = {weights: round(speed[weights] / speed[fastest], 3) for weights in ours}
-            yield {"part": "prefill", "model": preset, "tokens": count, "tokens_per_s": speed, "ratios": ratios}
+            speed = race(ours | {kind: rivals[kind] for kind in fastest}, "prefill", count, options.rounds)
+            row: Row = {"part": "prefill", "model": preset, "tokens": count, "tokens_per_s": speed}
+            for kind in fastest:
+                row["ratios"] = {weights: round(speed[weights] / speed[kind], 3) for weights in ours}
+            yield row
 
 
 def package(preset: str, options: argparse.Namespace) -> Iterator[Row]:
     """Both against the `rwkv` package in its faster CPU strategy."""
     path = peers.files(preset, options.directory, ())["pth"]
-    for strategy in peers.RWKV_STRATEGIES:
-        with (
-            roost_model(preset, options.directory, "bf16", options.threads) as ours,
-            peers.rwkv_package(path, options.threads, strategy) as theirs,
-        ):
+    for strategy in peers.RWKV_STRATEGIES if here("rwkv") else ("",):
+        with ExitStack() as stack:
+            field = {"bf16": stack.enter_context(roost_model(preset, options.directory, "bf16", options.threads))}
+            if strategy:
+                field[strategy] = stack.enter_context(peers.rwkv_package(path, options.threads, strategy))
             for what, count in (("prefill", 512), ("decode", options.steps)):
-                speed = race({"bf16": ours, strategy: theirs}, what, count, options.rounds)
-                ratio = round(speed["bf16"] / speed[strategy], 3)
-                yield {"part": "rwkv package", "model": preset, "what": what, "tokens_per_s": speed, "ratio": ratio}
+                speed = race(field, what, count, options.rounds)
+                ratio = {"ratio": round(speed["bf16"] / speed[strategy], 3)} if strategy else {}
+                yield {"part": "rwkv package", "model": preset, "what": what, "tokens_per_s": speed, **ratio}
 
 
 def products(preset: str, options: argparse.Namespace) -> Iterator[Row]:
@@ -198,13 +199,13 @@ def neighbour(preset: str, options: argparse.Namespace) -> Iterator[Row]:
     """Writing while another process keeps the last core busy, against the own quiet speed; every engine."""
     made, core = peers.files(preset, options.directory), (os.cpu_count() or 1) - 1
     field: dict[str, Callable[[], Peer]] = {
-        "roost int8": lambda: roost_model(preset, options.directory, "int8", options.threads),
-        "llama.cpp q8_0": lambda: peers.llama_cpp(made["q8_0"], options.threads),
-        "rwkv cpu fp32": lambda: peers.rwkv_package(made["pth"], options.threads, "cpu fp32"),
+        "roost int8": lambda: roost_model(preset, options.directory, "int8", options.threads)
     }
+    if here("llama_cpp") and "q8_0" in made:
+        field["llama.cpp q8_0"] = lambda: peers.llama_cpp(made["q8_0"], options.threads)
+    if here("rwkv"):
+        field["rwkv cpu fp32"] = lambda: peers.rwkv_package(made["pth"], options.threads, "cpu fp32")
     for name, start in field.items():
-        if (name.startswith("llama") and not importlib.util.find_spec("llama_cpp")) or "q8_0" not in made:
-            continue
         with start() as peer:
             peer.run("decode", options.steps)
             quiet, busy = [], []

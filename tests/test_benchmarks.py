@@ -74,6 +74,47 @@ def test_tokenizer_quick(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_long_context_quick(tmp_path: Path) -> None:
+    out = tmp_path / "long.json"
+    command = [sys.executable, str(FOLDER / "long_context.py"), "--quick", "--threads", "1", "--out", str(out)]
+    subprocess.run(command, check=True, cwd=tmp_path)
+    *rows, growth = json.loads(out.read_text())["rows"]
+    assert [(row["way"], row["tokens"]) for row in rows] == [("segments", 256), ("segments", 512), ("whole", 256)]
+    assert all(row["peak_mib"] > 50 for row in rows) and growth["longest_over_shortest"] > 0
+
+
+ABSENT = """
+import importlib.util, runpy, sys
+find = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *rest: None if name in ("llama_cpp", "rwkv") else find(name, *rest)
+sys.path.insert(0, sys.argv[1])
+sys.argv = [sys.argv[1] + "/cpu.py", *sys.argv[2:]]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.mark.skipif(not native.available(), reason=f"no native library: {native.why_not()}")
+def test_cpu_without_peers(tmp_path: Path) -> None:
+    """Speeds without ratios where neither peer is installed."""
+    out = tmp_path / "cpu.json"
+    command = [sys.executable, "-c", ABSENT, str(FOLDER), str(tmp_path), "--models", "nestling", "--threads", "1"]
+    command += ["--parts", "decode", "package", "--steps", "2", "--rounds", "1", "--out", str(out)]
+    subprocess.run(command, check=True, cwd=tmp_path)
+    rows = json.loads(out.read_text())["rows"]
+    assert [row["part"] for row in rows] == ["decode"] * 3 + ["rwkv package"] * 2
+    assert all(set(row["tokens_per_s"]) == {"dense", "sparse"} and "dense_ratio" not in row for row in rows[:3])
+    assert all(row["tokens_per_s"]["bf16"] > 0 and "ratio" not in row for row in rows[3:])
+
+
+def test_prepare_quick(tmp_path: Path) -> None:
+    out = tmp_path / "prepare.json"
+    command = [sys.executable, str(FOLDER / "prepare.py"), "--quick", "--workers", "1", "--out", str(out)]
+    subprocess.run(command, check=True, cwd=tmp_path)
+    rows = json.loads(out.read_text())["rows"]
+    assert [row["workers"] for row in rows] == [1] and rows[0]["share_of_tokenizer"] > 0
+
+
+@pytest.mark.slow
 def test_peers_quick(tmp_path: Path) -> None:
     out = tmp_path / "peers.json"
     command = [sys.executable, str(FOLDER / "peers.py"), str(tmp_path), "--presets", "nestling", "--formats", "q8_0"]

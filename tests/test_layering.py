@@ -22,7 +22,7 @@ LAYERS = [
     {"training"},
     {"", "cli", "__main__"},
 ]  # "" is the public face, roost/__init__.py
-OPTIONAL = {"huggingface_hub", "transformers", "rich", "matplotlib", "triton"}
+OPTIONAL = {"huggingface_hub", "transformers", "rich", "matplotlib", "triton", "pyarrow", "zstandard"}
 
 TREES = {
     ".".join(path.relative_to(ROOT / "src").with_suffix("").parts).removesuffix(".__init__"): ast.parse(

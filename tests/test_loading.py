@@ -44,7 +44,9 @@ def test_the_packed_file_is_made_once_and_used_again(checkpoint: Path, weights: 
 
 
 @native_only
-@pytest.mark.parametrize("fault", ["changed checkpoint", "truncated", "flipped", "garbage", "another format"])
+@pytest.mark.parametrize(
+    "fault", ["changed checkpoint", "truncated", "flipped", "cut short", "older", "another format"]
+)
 def test_a_stale_or_damaged_cache_is_made_again(checkpoint: Path, fault: str) -> None:
     roost.load(checkpoint, backend="native", weights="int8")
     kept = checkpoint.with_name("model.int8.roost")
@@ -56,11 +58,60 @@ def test_a_stale_or_damaged_cache_is_made_again(checkpoint: Path, fault: str) ->
     else:
         data = bytearray(kept.read_bytes())
         data[-1] ^= fault == "flipped"
-        kept.write_bytes({"truncated": data[:-1], "flipped": data, "garbage": b"x" * 100}[fault])
+        data[8] = fault != "older"
+        kept.write_bytes({"truncated": data[:-1], "cut short": data[:20]}.get(fault, data))
     model, _ = roost.load(checkpoint, backend="native", weights="int8")
     fresh, _ = roost.load(checkpoint, backend="native", weights="int8", keep=False)
     assert torch.equal(model(IDS)[0], fresh(IDS)[0]) and model.fingerprint == fresh.fingerprint
     assert torch.equal(roost.load(kept)[0](IDS)[0], fresh(IDS)[0])  # and the file is good again
+
+
+@native_only
+@pytest.mark.parametrize("what", ["by hand", "by hand, damaged", "newer", "text", "empty", "a directory", "a link"])
+def test_what_is_no_copy_of_ours_is_never_replaced(checkpoint: Path, what: str) -> None:
+    kept, other = checkpoint.with_name("model.int8.roost"), tiny_model(seed=5)
+    if what.startswith("by hand"):
+        packed.pack(other.state_dict(), other.config, kept, weights_format="int8")
+    elif what == "newer":
+        roost.load(checkpoint, backend="native", weights="int8")
+    elif what == "a directory":
+        kept.mkdir()
+    elif what == "a link":
+        kept.symlink_to("nowhere")
+    else:
+        kept.write_text("a text" * (what == "text"))
+    if what in ("newer", "by hand, damaged"):
+        data = bytearray(kept.read_bytes())
+        data[8 if what == "newer" else -1] ^= 2
+        kept.write_bytes(data)
+    before = kept.read_bytes() if kept.is_file() else kept.is_symlink()
+    model, _ = roost.load(checkpoint, backend="native", weights="int8")
+    assert (kept.read_bytes() if kept.is_file() else kept.is_symlink()) == before
+    wanted, _ = roost.load(checkpoint, backend="native", weights="int8", keep=False)
+    assert torch.equal(model(IDS)[0], wanted(IDS)[0]) and model.fingerprint == wanted.fingerprint
+    assert sorted(file.name for file in checkpoint.parent.iterdir()) == ["model.int8.roost", "model.pth"]
+
+
+@native_only
+def test_one_shard_that_changed_is_noticed(tmp_path: Path) -> None:
+    """Though total size and newest time stay as they were."""
+    folder = tmp_path / "model"
+    weights = list(tiny_model().state_dict().items())
+    folder.mkdir()
+    for number, part in enumerate((weights[:9], weights[9:]), 1):
+        torch.save(dict(part), folder / f"pytorch_model-{number:05d}-of-00002.bin")
+    first, second = sorted(folder.glob("*.bin"))
+    for file, time in ((first, 10**9), (second, 2 * 10**9)):
+        os.utime(file, ns=(time, time))
+    roost.load(folder, backend="native", weights="int8")
+    kept = folder / "model.int8.roost"
+    made, source = kept.stat().st_mtime_ns, packed.source_of(folder)
+    assert list(source) == [first.name, second.name] and source[first.name] == [first.stat().st_size, 10**9]
+    roost.load(folder, backend="native", weights="int8")
+    assert kept.stat().st_mtime_ns == made
+    os.utime(first, ns=(5, 5))
+    roost.load(folder, backend="native", weights="int8")
+    assert kept.stat().st_mtime_ns != made and packed.summary(kept).source == packed.source_of(folder)
 
 
 @native_only
@@ -161,6 +212,8 @@ def test_generation_and_scores_take_either_model() -> None:
         ({"backend": "native", "dtype": torch.float32, "weights": "int4"}, "takes weights='int4'"),
         ({"weights": "int8"}, "backend='native'"),
         ({"threads": 2}, "backend='native'"),
+        ({"keep": False}, "backend='native'"),
+        ({"keep": True, "backend": "torch"}, "backend='native'"),
     ],
 )
 @pytest.mark.usefixtures("unchecked")
@@ -174,6 +227,8 @@ def test_bad_arguments(checkpoint: Path, arguments: dict[str, object], message: 
 def test_a_packed_file_is_native_and_is_what_it_is(checkpoint: Path) -> None:
     roost.load(checkpoint, backend="native", weights="int8")
     kept = checkpoint.with_name("model.int8.roost")
+    for keep in (True, False):  # it is what `keep` is about: used, and still there
+        assert roost.load(kept, backend="native", keep=keep)[0].weights == "int8" and kept.is_file()
     with pytest.raises(ValueError, match="packed"):
         roost.load(kept, backend="torch")
     with pytest.raises(ValueError, match="int8"):

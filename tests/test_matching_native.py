@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import ctypes
+import gc
 import hashlib
 import json
+import pickle
 import random
 import threading
+import weakref
 from importlib.resources import files
 from itertools import accumulate
 
@@ -237,3 +241,18 @@ def test_python_threads_share_one_matcher() -> None:
     for worker in workers:
         worker.join()
     assert results == [True] * 18
+
+
+def test_a_copy_shares_the_tables() -> None:
+    matcher = NativeMatcher(BYTES)
+    twin, handle = copy.copy(matcher), weakref.ref(matcher._handle)
+    del matcher
+    gc.collect()
+    assert handle() is not None and twin.encode(b"abc").tolist() == [98, 99, 100]
+    with pytest.raises(TypeError, match="NativeMatcher cannot be copied deeply"):
+        copy.deepcopy(twin)
+    with pytest.raises(TypeError, match="NativeMatcher cannot be pickled"):
+        pickle.dumps(twin)
+    del twin
+    gc.collect()
+    assert handle() is None

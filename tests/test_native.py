@@ -97,7 +97,7 @@ def test_a_stale_file_does_not_hide_a_good_one(monkeypatch: pytest.MonkeyPatch, 
     assert native.available() and not native.why_not() and native.library()._name == str(good)
 
 
-INTERFACES = {2: "b04185d7dbc7b574"}
+INTERFACES = {3: "698897757b28cdd1"}
 
 
 def test_the_interface_has_a_number_of_its_own() -> None:

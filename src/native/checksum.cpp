@@ -86,15 +86,13 @@ bool hash_block(int fd, long offset, long n, uint8_t* buffer, uint64_t& out) {
 }  // namespace roost
 
 // The checksum of n bytes in memory.
-ROOST_API uint64_t roost_checksum(const void* data, long n) {
-    uint64_t result = 0;
-    roost::guarded([&] {
+ROOST_API int roost_checksum(const void* data, long n, uint64_t* out) {
+    return roost::guarded([&] {
         std::vector<uint64_t> hashes;
         for (long at = 0; at < n; at += roost::block)
             hashes.push_back(roost::hash(static_cast<const uint8_t*>(data) + at, std::min(roost::block, n - at)));
-        result = roost::hash(hashes.data(), 8 * static_cast<long>(hashes.size()));
+        *out = roost::hash(hashes.data(), 8 * static_cast<long>(hashes.size()));
     });
-    return result;
 }
 
 // The checksums of `count` ranges (offset, size) of an open file; -1 when one cannot be read to its end.

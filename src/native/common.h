@@ -18,7 +18,7 @@ namespace roost {
 enum class Isa : int { scalar = 0, avx2 = 1, avx512 = 2, amx = 3 };  // scalar: the compiler's baseline (SSE2, NEON)
 
 // Raised whenever an exported function's arguments or their meaning change; roost/native.py loads only its own number.
-constexpr int abi = 2;
+constexpr int abi = 3;
 
 Isa isa();                                  // the best one of this machine, or the forced one
 void set_error(const char* message) noexcept;

@@ -311,6 +311,7 @@ ROOST_API int roost_model_forward(void* model, long n, const long* offsets, cons
                                   void** state, int last_only, float* logits, int threads) {
     return guarded([&] {
         Handle& h = *static_cast<Handle*>(model);
+        check_threads(threads);              // scratch memory is cut for as many
         if (tokens)
             for (long i = 0; i < offsets[n]; i++)
                 need(tokens[i] >= 0 && tokens[i] < h.model.V, "token id " + std::to_string(tokens[i]) + " is outside 0.." +
@@ -334,7 +335,8 @@ ROOST_API int roost_product(int format, const void* packed, long bytes, long N, 
     return guarded([&] {
         Product p{};
         set_matrix(p.W, format, N, K, packed, bytes, "product");
-        need(M > 0 && M < (1l << 31) && threads > 0 && threads <= max_threads, "product: impossible sizes");
+        check_threads(threads);
+        need(M > 0 && M < (1l << 31), "product: impossible sizes");
         Cutter measure{nullptr};
         measure.activations(p.W, M), measure.take<float>(M * unit * threads);
         std::vector<char> scratch(measure.used + 64);

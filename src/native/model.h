@@ -11,7 +11,7 @@ namespace roost {
 constexpr long panel = 32;  // outputs that share a panel of a packed matrix
 constexpr long unit = 64;   // columns that one thread owns together: a quantisation group of activations, two panels
 
-enum class Format : int { f32, w16, bf16, i8, i8_fine, i4 };  // layouts: pack.cpp
+enum class Format : int { f32, w16, bf16, i8, i8_fine, i4 };  // layouts: docs/native.md
 enum class Inputs : int { f32, bf16, s8, s16 };                // how activations meet a format
 
 static inline long round_up(long n, long to) { return (n + to - 1) / to * to; }
@@ -19,7 +19,9 @@ static inline Inputs inputs_of(Format f) {
     return f == Format::bf16 ? Inputs::bf16 : f == Format::i8_fine ? Inputs::s16
            : f == Format::i8 || f == Format::i4 ? Inputs::s8 : Inputs::f32;
 }
-static inline long panel_bytes(Format f, long K) {  // of 32 outputs; K is padded to whole groups where there are groups
+// Of 32 outputs; K is padded to whole groups where there are groups. formats/panels.py has the same sizes: `roost info`
+// reads packed files without this library.
+static inline long panel_bytes(Format f, long K) {
     const long Kp = round_up(K, unit);
     switch (f) {
         case Format::f32: return 128 * K;

@@ -1,17 +1,5 @@
 // Packed weights: the layouts that the matrix kernels read, and how numbers are rounded into them.
-//
-// W has N outputs and K inputs, y = W x. Outputs come in panels of 32, padded with zeros; panels follow one another, and
-// inside a panel the input runs slowest. From bf16 on the inputs are padded with zeros to Kp, a multiple of 64. One panel:
-//
-//   0 f32      [K][32] fp32
-//   1 w16      [K][32] bf16; the arithmetic is fp32. For matrices that are exactly bf16
-//   2 bf16     [Kp/2][32][2] bf16, rounded to nearest even
-//   3 i8       per 64 inputs: [16][32][4] codes (input 4q + b), [32] bf16 scales;     w = (code - 128) scale
-//   4 i8 fine  the same bytes; the kernel takes finer activations
-//   5 i4       per 32 inputs: [4][32][4] bytes (octet o, byte b: low half input 8o + b, high half input 8o + 4 + b),
-//              [32] scales s, [32] zeros z; then, once per panel, [32] fp32 row scales R;     w = R s (code - z/16)
-//
-// Padding has code 128 (i8) or code 0 (i4); a padded output also has scale 0 and zero 0.
+// Byte by byte the layouts are in docs/native.md, "Packed matrices".
 //
 // Eight outputs (a strip) are quantised at a time, one per vector lane, so every output's bytes depend on its own row
 // alone: neither threads nor instruction sets change them.

@@ -136,10 +136,17 @@ void Pool::grow(int wanted) {
 Pool* pool = new Pool;                       // never destroyed: its workers sleep until the process ends
 const int cores = static_cast<int>(std::thread::hardware_concurrency());
 
+bool is_child = false;
+
 // Workers do not survive a fork, and another thread of the parent may have held `turn`.
-[[maybe_unused]] const int at_fork = pthread_atfork(nullptr, nullptr, [] { pool = new Pool; });
+[[maybe_unused]] const int at_fork = pthread_atfork(nullptr, nullptr, [] {
+    pool = new Pool;
+    is_child = true;
+});
 
 }  // namespace
+
+bool forked() { return is_child; }
 
 // The order of the two numbers decides (hence sequential consistency): either the sleeper sees the new number, or the
 // other side sees the sleeper.
@@ -176,9 +183,13 @@ void Barrier::wait() {
     }
 }
 
-void run(int threads, Body body, void* context) {
+void check_threads(int threads) {
     if (threads < 1 || threads > max_threads)
         throw Error("threads is " + std::to_string(threads) + "; it must be 1 to " + std::to_string(max_threads));
+}
+
+void run(int threads, Body body, void* context) {
+    check_threads(threads);
     if (threads == 1) {
         FlushDenormals flush;
         return body({1, 0, nullptr}, context);

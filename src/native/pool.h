@@ -54,7 +54,9 @@ struct Region {
 
 // The body must neither throw (the others would wait for ever at the next barrier) nor start a region of its own.
 using Body = void (*)(const Region&, void*);
-void run(int threads, Body body, void* context);     // throws Error for an impossible number of threads
+void run(int threads, Body body, void* context);     // checks `threads`
+void check_threads(int threads);                     // throws Error for an impossible number
+bool forked();                                       // whether this process is a child that was forked off
 
 template <class F> void parallel(int threads, F&& body) {
     run(threads, [](const Region& region, void* f) { (*static_cast<std::remove_reference_t<F>*>(f))(region); }, &body);

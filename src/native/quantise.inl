@@ -1,4 +1,4 @@
-// Rounding of eight outputs (a strip) to int8 and int4, one output per vector lane; the layouts are in pack.cpp.
+// Rounding of eight outputs (a strip) to int8 and int4, one output per vector lane; the layouts are in docs/native.md.
 //
 // Included once for every instruction set. Only single operations that IEEE 754 defines, in a fixed order, and no fused
 // ones: every instruction set writes the same bytes.

@@ -97,13 +97,14 @@ float* saved_of(const WkvCall& c, const Row& row, int64_t head) {
 }
 
 // torch's own threads, where torch runs on libgomp: for some milliseconds after each of its operations they spin, and a
-// second pool would compete with them for the cores. What GCC calls for `#pragma omp parallel`; null: our own pool.
+// second pool would compete with them for the cores. What GCC calls for `#pragma omp parallel`; null: our own pool. In the
+// child of a fork libgomp waits for ever for threads that only the parent has, so there it is ours too.
 using Team = void (*)(void (*)(void*), void*, unsigned threads, unsigned flags);
 
 Team team() {
 #if defined(__linux__)
     static const Team found = reinterpret_cast<Team>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
-    return found;
+    return forked() ? nullptr : found;
 #else
     return nullptr;
 #endif

@@ -11,7 +11,7 @@ from typing import NamedTuple
 from roost import native
 
 
-class Backend(NamedTuple):
+class Implementation(NamedTuple):
     """One implementation of one part.
 
     part    "tokenizer", "WKV operator" or "model"
@@ -31,16 +31,16 @@ class Backend(NamedTuple):
         return not self.why_not
 
 
-def backends() -> tuple[Backend, ...]:
+def backends() -> tuple[Implementation, ...]:
     """Every implementation, part by part, the fastest on this machine first."""
     why_not = native.why_not()
     isa = "" if why_not else native.isa()
     return (
-        Backend("tokenizer", "native", isa and "C++", why_not),
-        Backend("tokenizer", "python", "" if why_not else "what the native one is tested against"),
-        Backend("WKV operator", "native", isa and f"CPU, {isa}", why_not),
-        Backend("WKV operator", "chunked", "any device, and what the native one does not serve"),
-        Backend("WKV operator", "reference", "the specification; only when asked for"),
-        Backend("model", "native", isa and f"CPU, {isa}; with backend='native'", why_not),
-        Backend("model", "torch", "any device; trains"),
+        Implementation("tokenizer", "native", isa and "C++", why_not),
+        Implementation("tokenizer", "python", "" if why_not else "what the native one is tested against"),
+        Implementation("WKV operator", "native", isa and f"CPU, {isa}", why_not),
+        Implementation("WKV operator", "chunked", "any device, and what the native one does not serve"),
+        Implementation("WKV operator", "reference", "the specification; only when asked for"),
+        Implementation("model", "native", isa and f"CPU, {isa}; with backend='native'", why_not),
+        Implementation("model", "torch", "any device; trains"),
     )

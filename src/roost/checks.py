@@ -35,9 +35,9 @@ def instance(name: str, value: object, kind: type, advice: str = "") -> None:
 
 
 def whole(name: str, value: object, least: int | None = None, most: int | None = None) -> int:
-    """`value` as an int. Raises ValueError when it is no whole number, or outside least..most (both included)."""
+    """`value` as an int. Raises ValueError when it is no whole number (no bool is), or outside least..most."""
     try:
-        number = index(cast(Any, value))
+        number = index(cast(Any, value if not isinstance(value, bool) else None))
     except TypeError:
         raise ValueError(f"{name} is {value!r}; it must be a whole number") from None
     if least is not None and number < least:

@@ -23,8 +23,9 @@ from roost.formats import packed
 from roost.formats.locate import ASSETS, resolve
 from roost.formats.packed import Packed
 from roost.formats.slots import WeightsFormat
-from roost.models.native import MOST_THREADS, NativeModel
+from roost.models.native import NativeModel
 from roost.models.rwkv import RWKV
+from roost.native import MOST_THREADS
 from roost.tokenizer import WorldTokenizer
 
 Backend = Literal["torch", "native"]
@@ -51,7 +52,7 @@ def load(
     backend: Literal["native"],
     weights: WeightsFormat | None = None,
     threads: int | None = None,
-    keep: bool = True,
+    keep: bool | None = None,
     endpoint: str | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
 ) -> tuple[NativeModel, WorldTokenizer | None]: ...
@@ -65,7 +66,7 @@ def load(
     backend: Backend | None = None,
     weights: WeightsFormat | None = None,
     threads: int | None = None,
-    keep: bool = True,
+    keep: bool | None = None,
     endpoint: str | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
 ) -> tuple[RWKV | NativeModel, WorldTokenizer | None]:
@@ -77,8 +78,9 @@ def load(
     backend  "torch" (None: the same, but for .roost files) or "native"
     weights  native: "fp32" (exact), "bf16" (default), "int8" or "int4"
     threads  native: 1 to 256, by default torch's number; results do not depend on it
-    keep     native: keep the packed file beside the checkpoint (model.pth -> model.int8.roost) and use it again; False,
-             a model that ships and a directory that cannot be written use a temporary file that is gone afterwards
+    keep     native: keep the packed file beside the checkpoint (model.pth -> model.int8.roost) and use it again; the
+             default, but for models that ship. False, a directory that cannot be written and another's file of that
+             name: a temporary file, gone afterwards. A .roost file is used as it is, whatever `keep` says
 
     Raises ValueError for what cannot be loaded, for arguments of the other backend, and for "native" without the native
     library.
@@ -92,8 +94,8 @@ def load(
             f"{path} is packed for the native model; load the checkpoint it was made from, or drop backend"
         )
     if not is_packed and backend != "native":
-        if weights is not None or threads is not None:
-            raise ValueError("weights and threads belong to the native model: add backend='native'")
+        if weights is not None or threads is not None or keep is not None:
+            raise ValueError("weights, threads and keep belong to the native model: add backend='native'")
         return checkpoint.load(x, device, dtype, endpoint=endpoint, cache_dir=cache_dir)
     if usable_device(device).type != "cpu":
         raise ValueError(f"device is {device}; the native model runs on the CPU only")
@@ -110,7 +112,7 @@ def load(
             raise ValueError(f"{path} holds {opened.weights} weights, not {weights}: pack the checkpoint again")
         tokenizer = checkpoint.tokenizer_of(opened.config.vocab_size)
     else:
-        opened, tokenizer = _from_checkpoint(path, weights or "bf16", threads, keep)
+        opened, tokenizer = _from_checkpoint(path, weights or "bf16", threads, keep is not False)
     model = NativeModel(
         opened.config, opened.tensors, fingerprint=opened.fingerprint, weights=opened.weights, threads=threads
     )
@@ -127,14 +129,12 @@ def _from_checkpoint(
     kept = stem.with_name(f"{stem.name}.{weights}{packed.ENDING}")
     keep = keep and path.parent != ASSETS
     source = packed.source_of(path)
-    if keep and kept.is_file():
-        try:
+    if keep and os.path.lexists(kept):
+        with suppress(ValueError, OSError):  # damaged, unreadable, of another version
             opened = packed.open_packed(kept, threads=threads)
-        except (ValueError, OSError):  # damaged, unreadable, of another version: only a copy, so it is made again
-            pass
-        else:
             if opened.source == source and opened.weights == weights:
                 return opened, checkpoint.tokenizer_of(opened.config.vocab_size, path)
+        keep = kept.is_file() and packed.replaceable(kept)
     model, tokenizer = checkpoint.load(path)
     values: Mapping[str, Tensor] = model.state_dict()
     if keep:

@@ -7,7 +7,6 @@ Refuses to know: lists, and how errors are worded for users.
 from __future__ import annotations
 
 import ctypes
-import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -29,7 +28,7 @@ _as_utf8.argtypes, _as_utf8.restype = [ctypes.py_object, ctypes.c_void_p], ctype
 _SHORT = 4096  # characters that are copied sooner than asked for
 
 
-class NativeMatcher:
+class NativeMatcher(native.Held):
     """Longest match over `tokens` (position is the id, empty ones are no tokens); all 256 bytes must be tokens.
 
     Safe to share between threads. Raises ValueError without the native library.
@@ -42,10 +41,8 @@ class NativeMatcher:
         handle = ctypes.c_void_p()
         new = native.function("roost_tokenizer_new", [ctypes.c_char_p, _POINTER, _SIZE, _POINTER])
         native.check(new(data, starts.ctypes.data, len(tokens), ctypes.byref(handle)))
-        self._handle = handle
+        self._handle = native.Handle(handle.value, "roost_tokenizer_free")
         self._dtype = np.dtype(np.uint16 if len(tokens) <= 1 << 16 else np.uint32)
-        free = native.function("roost_tokenizer_free", [_POINTER], None)
-        weakref.finalize(self, free, handle)
         self._encode = native.function(
             "roost_tokenizer_encode",
             [_POINTER, _POINTER, _POINTER, _SIZE, _INT, _INT, _POINTER, _POINTER],

@@ -1,6 +1,7 @@
 """The native library: found beside the package, loaded once, and why it is missing when it is.
 
-Owns: loading, the error convention (-1 and a message become ValueError), and the choice of an instruction set.
+Owns: loading, the error convention (-1 and a message become ValueError), who frees what the library made, the choice of
+an instruction set, and the numbers that Python and the library share.
 Refuses to know: what the library's parts do; each Python module that uses one declares its own functions.
 """
 
@@ -8,17 +9,28 @@ from __future__ import annotations
 
 import ctypes
 import sys
+import weakref
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn, SupportsIndex
 
 ISAS = ("scalar", "avx2", "avx512", "amx")
 """Instruction sets from the slowest to the fastest; "scalar" is the compiler's baseline (SSE2, or NEON on Arm)."""
 
-ABI = 2
+ABI = 3
 """Which declarations the library must have been built from: `roost::abi` in src/native/common.h, raised together."""
+
+MOST_THREADS = 256
+"""Of one call: `roost::max_threads` in src/native/pool.h."""
+
+KINDS = ("f32", "w16", "bf16", "i8", "i8 fine", "i4")
+"""Formats of a packed matrix (docs/native.md); the index is `roost::Format` in src/native/model.h.
+
+f32 and w16 are exact (w16 for weights that are bf16 numbers), bf16 also multiplies bf16 activations; i8 and i8 fine are
+one layout, multiplied with activations of 8 and of 16 bits; i4 goes with 8 bits.
+"""
 
 REASON = (
     "roost was installed without a C++ compiler, or compiling failed; with gcc 12, clang 14 or later, install it again"
@@ -90,6 +102,32 @@ def check(status: int) -> None:
     """Raise ValueError with the library's message when a call returned -1."""
     if status < 0:
         raise ValueError(library().roost_error().decode())
+
+
+class Handle:
+    """What the library made: argument of its functions, and freed by `free` when no Python object holds it any more."""
+
+    def __init__(self, made: int | None, free: str) -> None:
+        self._as_parameter_ = ctypes.c_void_p(made)
+        weakref.finalize(self, function(free, [ctypes.c_void_p], None), self._as_parameter_)
+
+
+class Held:
+    """A class whose objects hold a `Handle`: shallow copies share it; there are no deep copies and no pickles."""
+
+    def __copy__(self) -> Held:
+        twin = object.__new__(type(self))
+        twin.__dict__.update(self.__dict__)
+        return twin
+
+    def __deepcopy__(self, memo: object) -> NoReturn:
+        raise TypeError(f"{type(self).__name__} cannot be copied deeply: {_OUTSIDE}; copy.copy shares it")
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> NoReturn:
+        raise TypeError(f"{type(self).__name__} cannot be pickled: {_OUTSIDE}; make it in the other process")
+
+
+_OUTSIDE = "what it runs on is memory of the native library"
 
 
 def isa() -> str:

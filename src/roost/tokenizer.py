@@ -23,6 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from roost import native
+from roost.checks import instance, whole
 from roost.matching import PythonMatcher, hard_pairs
 from roost.matching_native import NativeMatcher
 from roost.vocabulary import invert, official, read
@@ -97,7 +98,7 @@ class WorldTokenizer:
         Several threads share a text of more than half a megabyte, cut where no token can cross; the ids are the same.
         Raises ValueError as `encode`, and for an impossible number of threads.
         """
-        _check_threads(threads)
+        whole("threads", threads, 1, native.MOST_THREADS)
         if self._native is not None and isinstance(text, (str, bytes)):  # pyright: ignore[reportUnnecessaryIsInstance]
             try:
                 return self._native.encode(text, threads)
@@ -106,23 +107,29 @@ class WorldTokenizer:
         return np.array(self._python.encode(_utf8(text)), np.uint16 if self.vocab_size <= _WORLD_SIZE else np.uint32)
 
     def encode_open(self, data: bytes) -> tuple[list[int], int]:
-        """The ids at the beginning of `data` that no continuation can change, and how many bytes they are."""
+        """The ids at the beginning of `data` that no continuation can change, and how many bytes they are.
+
+        Raises ValueError for anything but bytes: a str may end inside a character of the next one.
+        """
+        instance("data", data, bytes, "encode text first, or use StreamEncoder")
         return (self._native or self._python).encode_open(data)
 
     def encode_batch(self, texts: Iterable[str | bytes], threads: int = 1) -> list[list[int]]:
         """`encode` of each text, on several threads if wanted. Raises ValueError naming the text that it refuses."""
+        return [ids.tolist() for ids in self.encode_arrays(texts, threads)]
+
+    def encode_arrays(self, texts: Iterable[str | bytes], threads: int = 1) -> list[NDArray[Any]]:
+        """`encode_batch` as arrays: (ids,) each, in the dtype of `encode_array`."""
         if isinstance(texts, (str, bytes)):
             raise ValueError("encode_batch wants several texts; use encode for one")
-        _check_threads(threads)
+        whole("threads", threads, 1, native.MOST_THREADS)
         batch: list[bytes] = []
         for number, text in enumerate(texts):
             try:
                 batch.append(_utf8(text))
             except ValueError as error:
                 raise ValueError(f"text {number}: {error}") from error
-        if self._native is None:
-            return list(map(self._python.encode, batch))
-        return [ids.tolist() for ids in self._native.encode_batch(batch, threads)]
+        return self._native.encode_batch(batch, threads) if self._native else list(map(self.encode_array, batch))
 
     def is_boundary(self, left: str | bytes, right: str | bytes) -> bool:
         """True when no token can cross the seam, so that encode(left + right) == encode(left) + encode(right).
@@ -314,11 +321,6 @@ def _array(ids: Iterable[SupportsIndex]) -> NDArray[Any] | None:
     except TypeError:  # a tensor in a type that NumPy lacks: certainly not integers
         return None
     return array if array.ndim == 1 and array.dtype.kind in "iu" and array.dtype != np.uint64 else None
-
-
-def _check_threads(threads: int) -> None:
-    if isinstance(threads, bool) or not isinstance(threads, int) or not 1 <= threads <= 256:  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise ValueError(f"threads is {threads!r}; it must be an integer from 1 to 256")
 
 
 def _check_errors(errors: str) -> None:

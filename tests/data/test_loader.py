@@ -9,8 +9,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from roost import PRESETS
+from roost.data.batch import Batches
 from roost.data.binidx import write_tokens
-from roost.data.loader import TokenLoader
+from roost.data.loader import NO_LOSS, PackedLoader, TokenLoader
+from roost.data.order import magic
+from roost.models.rwkv import RWKV
 
 
 @pytest.fixture(scope="module")
@@ -110,3 +114,108 @@ def test_an_empty_file_is_refused(tmp_path: Path) -> None:
 def test_a_negative_step_is_refused(counting: Path) -> None:
     with pytest.raises(ValueError, match="step is -1"):
         TokenLoader(counting, 10, 1).batch_at(-1)
+
+
+def test_the_shares_of_a_step_are_its_rows(counting: Path) -> None:
+    """Whatever the ranks and micro-batches: the same data in the same order."""
+    for loader in (TokenLoader(counting, 10, 12, seed=5), PackedLoader(counting, 10, 12, seed=5)):
+        assert isinstance(loader, Batches)
+        for step in (0, 7, 8):  # across the border of an epoch
+            whole = loader.batch_at(step)
+            for parts in (1, 2, 3, 12):
+                shares = [loader.batch_at(step, part, parts) for part in range(parts)]
+                for share, wanted in zip(shares, whole.split(parts), strict=True):
+                    assert torch.equal(share.inputs, wanted.inputs) and torch.equal(share.targets, wanted.targets)
+                    assert share.cu_seqlens == wanted.cu_seqlens
+        with pytest.raises(ValueError, match="12 rows cannot be cut in 5"):
+            loader.batch_at(0, 0, 5)
+        with pytest.raises(ValueError, match="part is 2"):
+            loader.batch_at(0, 2, 2)
+
+
+def test_the_file_in_its_order_and_in_that_of_rwkv_lm(counting: Path) -> None:
+    assert starts(TokenLoader(counting, 100, 2, order="sequential"), 12) == [*range(9), 0, 1, 2]
+    loader = TokenLoader(counting, 9, 3, order="magic")
+    assert loader.windows == 107  # the largest prime that is 2 mod 3 below 1000 // 9 = 111
+    assert starts(loader, 120) == [magic(k, 107) for k in range(120)]
+    with pytest.raises(ValueError, match="order is 'majic'; did you mean 'magic'"):
+        TokenLoader(counting, 10, 3, order="majic")  # pyright: ignore[reportArgumentType]
+
+
+def test_the_identity_names_all_that_decides(counting: Path, tmp_path: Path) -> None:
+    write_tokens(tmp_path / "other", [range(1, 500), range(501, 1000)])
+    write_tokens(tmp_path / "cut", [range(1, 400), [*range(401, 1000)]])
+    loaders = [
+        TokenLoader(counting, 10, 4),
+        TokenLoader(counting, 11, 4),
+        TokenLoader(counting, 10, 5),
+        TokenLoader(counting, 10, 4, seed=1),
+        TokenLoader(counting, 10, 4, order="sequential"),
+        TokenLoader(tmp_path / "other", 10, 4),
+        PackedLoader(counting, 10, 4),
+        PackedLoader(counting, 10, 4, seed=1),
+        PackedLoader(tmp_path / "other", 10, 4),
+        PackedLoader(tmp_path / "cut", 10, 4),
+    ]
+    identities = [loader.identity for loader in loaders]
+    assert all(identities.count(identity) == 1 for identity in identities)
+    magic_order = [TokenLoader(counting, 9, 4, seed=seed, order="magic").identity for seed in (0, 1)]
+    assert magic_order[0] == magic_order[1]  # the seed decides nothing there
+
+
+DOCUMENTS = [[11, 12, 13], [], [21], [31, 32, 33, 34, 35, 36, 37, 38, 39], [41, 42, 43, 44, 45], [51, 52]]
+
+
+@pytest.fixture(scope="module")
+def several(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Documents of 4, 1, 2, 10, 6 and 3 tokens, the closing 0 included."""
+    path = tmp_path_factory.mktemp("packed") / "several"
+    write_tokens(path, DOCUMENTS)
+    return path
+
+
+@given(ctx=st.integers(1, 12), batch=st.integers(1, 5), seed=st.integers(0, 2**64 - 1))
+def test_packed_documents(several: Path, ctx: int, batch: int, seed: int) -> None:
+    """Each piece of a document is a sequence of its own; every token is a target once an epoch, padding never."""
+    loader = PackedLoader(several, ctx, batch, seed=seed)
+    wanted: list[tuple[list[int], list[int]]] = []
+    for document in DOCUMENTS:
+        inputs, targets = [0, *document], [*document, 0]
+        wanted += [(inputs[i : i + ctx], targets[i : i + ctx]) for i in range(0, len(inputs), ctx)]
+    for epoch in range(2):
+        found: list[tuple[list[int], list[int]]] = []
+        for sample in range(epoch * loader.windows, (epoch + 1) * loader.windows):
+            step, row = divmod(sample, batch)
+            one = loader.batch_at(step, row, batch)
+            assert one.inputs.shape == one.targets.shape == (1, ctx) and one.cu_seqlens
+            assert one.cu_seqlens[0] == 0 and one.cu_seqlens[-1] == ctx
+            for start, end in zip(one.cu_seqlens[:-1], one.cu_seqlens[1:], strict=True):
+                assert start < end
+                inputs, targets = one.inputs[0, start:end].tolist(), one.targets[0, start:end].tolist()
+                if set(targets) == {NO_LOSS}:
+                    assert set(inputs) == {0}
+                else:
+                    found.append((inputs, targets))
+        assert sorted(found) == sorted(wanted)
+    assert loader.filled == 26 / (loader.windows * ctx)
+
+
+@pytest.mark.parametrize("preset", ["finch-tiny", "eagle-tiny"])
+def test_nothing_leaks_between_packed_documents(several: Path, preset: str) -> None:
+    """The logits of a piece are those of the piece alone, and a changed token changes its own piece only."""
+    model = RWKV(PRESETS[preset], dtype=torch.float64)
+    for weight in model.parameters():
+        torch.nn.init.normal_(weight, std=0.3, generator=torch.Generator().manual_seed(weight.numel()))
+    batch = PackedLoader(several, 6, 5).batch_at(0)
+    assert batch.cu_seqlens and len(batch.cu_seqlens) > 7
+    with torch.no_grad():
+        together, _ = model(batch.inputs, cu_seqlens=batch.cu_seqlens)
+        for start, end in zip(batch.cu_seqlens[:-1], batch.cu_seqlens[1:], strict=True):
+            alone, _ = model(batch.inputs[:, start:end])
+            torch.testing.assert_close(together[:, start:end], alone, rtol=1e-12, atol=1e-12)
+
+
+def test_packing_is_refused_without_tokens(tmp_path: Path) -> None:
+    write_tokens(tmp_path / "none", [])
+    with pytest.raises(ValueError, match="has 0 tokens"):
+        PackedLoader(tmp_path / "none", 1, 1)

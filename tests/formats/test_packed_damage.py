@@ -133,6 +133,29 @@ def test_headers_that_are_no_header(sound: Path, tmp_path: Path, text: bytes) ->
         open_packed(tmp_path / "x.roost")
 
 
+@pytest.mark.parametrize(
+    "source",
+    [{}, [], 0, "m.pth", {"m.pth": 3}, {"m.pth": [3]}, {"m.pth": [3, 4.0]}, {"m.pth": [3, True]}, {"bytes": 3}],
+)
+def test_sources_that_name_no_files(sound: Path, tmp_path: Path, source: object) -> None:
+    document = header_of(sound)
+    (tmp_path / "x.roost").write_bytes(with_header(sound.read_bytes(), document | {"source": {"m.pth": [3, 4]}}))
+    assert open_packed(tmp_path / "x.roost").source == {"m.pth": [3, 4]}
+    (tmp_path / "x.roost").write_bytes(with_header(sound.read_bytes(), document | {"source": source}))
+    with pytest.raises(ValueError, match=r"x\.roost has an impossible header \(source is"):
+        open_packed(tmp_path / "x.roost")
+
+
+@pytest.mark.parametrize(("field", "value"), [("dim_ffn", 0), ("dim_att", 0), ("n_layer", 3.0), ("gate", 1)])
+def test_a_config_is_written_out(sound: Path, tmp_path: Path, field: str, value: float) -> None:
+    """Zeros stand for defaults in Python; in a header they are not what `pack` writes."""
+    document = header_of(sound)
+    document["config"][field] = value
+    (tmp_path / "x.roost").write_bytes(with_header(sound.read_bytes(), document))
+    with pytest.raises(ValueError, match=r"x\.roost has an impossible header"):
+        open_packed(tmp_path / "x.roost")
+
+
 @pytest.mark.parametrize("field", ["n_layer", "n_embd", "vocab_size", "dim_att", "dim_ffn", "shift_rank", "head_size"])
 @pytest.mark.parametrize("value", [2**20, 2**31, 2**62, 10**30])
 def test_absurd_sizes(sound: Path, tmp_path: Path, field: str, value: int) -> None:

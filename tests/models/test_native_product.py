@@ -8,7 +8,8 @@ import torch
 
 from roost import native
 from roost.formats.panels import pack_matrix, unpack_matrix
-from roost.models.native import KINDS, product
+from roost.models.native import product
+from roost.native import KINDS
 
 pytestmark = pytest.mark.skipif(not native.available(), reason=native.why_not())
 
@@ -70,3 +71,15 @@ def test_unusual_activations(kind: str, isa: str, value: float) -> None:
         assert (found[1] - 0.5 * value).abs().max() < max(0.02 * value, 1e-33)
     else:
         assert not found[1].isfinite().any()
+
+
+@pytest.mark.parametrize(
+    "x", [torch.ones(2, 63), torch.ones(64), torch.ones(2, 64).double(), torch.ones(2, 64, device="meta")]
+)
+@pytest.mark.usefixtures("unchecked")
+def test_what_cannot_be_multiplied(x: torch.Tensor) -> None:
+    packed = pack_matrix("i8", torch.ones(32, 64))
+    with pytest.raises(ValueError, match=r"x is torch\..*; it must be \(M, 64\) fp32 on the CPU"):
+        product("i8", packed, 32, 64, x)
+    with pytest.raises(ValueError, match="another size"):
+        product("i8", packed[:-1], 32, 64, torch.ones(2, 64))

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -227,3 +230,38 @@ def test_impossible_calls_of_the_library() -> None:
     call = kernels._Call(size=48, threads=1)
     with pytest.raises(ValueError, match="no kernel for heads of 48"):
         native.check(kernels._function("roost_wkv_forward")(ctypes.addressof(call)))
+
+
+def test_more_torch_threads_than_the_pool_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = cast(inputs(130, B=1, K=32, V=32), F32)
+    wanted = run(x, "native")
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1000)
+    assert kernels._threads() == 256
+    same(run(x, "native"), wanted)
+
+
+FORK = """
+import os, signal, sys, warnings
+from pathlib import Path
+import torch
+from roost import native
+warnings.simplefilter("ignore", DeprecationWarning)  # forks beside threads: that is the test
+native.places = lambda: [Path(sys.argv[1])]
+from roost.ops import native as kernels
+torch.set_num_threads(2)
+r, k, v = torch.randn(3, 2, 200, 4, 64, generator=torch.Generator().manual_seed(1))
+given = r, k, v, torch.full((4, 64), -0.5), torch.ones(4, 64), torch.zeros(2, 4, 64, 64), None, False
+wanted = kernels.forward(*given)[0]
+child = os.fork()
+if child == 0:
+    signal.alarm(60)
+    os._exit(0 if kernels.forward(*given)[0].numpy().tobytes() == wanted.numpy().tobytes() else 3)
+print(os.waitpid(child, 0)[1])
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_the_child_of_a_fork_computes_with_threads_of_its_own() -> None:
+    command = [sys.executable, "-c", FORK, str(native.library()._name)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert (done.stdout, done.stderr) == ("0\n", "")

@@ -21,7 +21,7 @@ from contextlib import contextmanager
 from io import TextIOWrapper
 from typing import NamedTuple, NoReturn, get_args
 
-from roost.cli import measure, verbs
+from roost.cli import measure, prepare, training, tuning, verbs
 from roost.formats.slots import WeightsFormat
 
 WEIGHTS: tuple[WeightsFormat, ...] = get_args(WeightsFormat)
@@ -154,7 +154,7 @@ def _show_warning(message: Warning | str, *_where: object) -> None:
 
 
 _SOURCES = "a checkpoint, a directory, a hub name"
-_THREADS = "default: one per core, but only one below 50 million parameters"
+_THREADS = "default: as many as torch uses, but one below 50 million parameters"
 
 
 def _model(parser: argparse.ArgumentParser) -> None:
@@ -239,19 +239,11 @@ def _verify(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=("fp32", "bf16", "fp64"), default="fp32", help="default: fp32")
 
 
-def _prepare(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("sources", nargs="+", metavar="FILE", help=".jsonl: a document a line; any other: one document")
-    parser.add_argument("-o", "--out", required=True, metavar="PREFIX", help="writes PREFIX.bin and PREFIX.idx")
-    parser.add_argument("--bytes", action="store_true", help="for models of bytes, such as nestling")
-
-
-def _train(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("recipe", metavar="RECIPE", help="a .toml file")
-    parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint")
-    parser.add_argument(
-        "--set", action="append", metavar="KEY=VALUE", help="a key of the recipe, overruled; may repeat"
-    )
-    parser.add_argument("--device", default="cpu", help="default: cpu")
+def _merge(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("base", metavar="BASE", help=f"{_SOURCES}, or nestling: the model the adapter was trained on")
+    parser.add_argument("adapter", metavar="ADAPTER", help="adapter.safetensors of a run, or a tuned state as .pth")
+    parser.add_argument("-o", "--out", required=True, metavar="OUT", help="NAME.pth or NAME.safetensors")
+    parser.add_argument("--dtype", choices=("fp32", "bf16", "fp64"), help="default: the base's")
 
 
 def _demo(parser: argparse.ArgumentParser) -> None:
@@ -288,8 +280,10 @@ VERBS = {
     "info": Verb("what a checkpoint is, without loading it; alone: which backends are active", _info, verbs.info),
     "convert": Verb("write a checkpoint in another form", _convert, verbs.convert),
     "verify": Verb("compare a checkpoint's logits, layer by layer, with the NumPy oracle", _verify, verbs.verify),
-    "prepare": Verb("turn text into the tokens that training reads", _prepare, verbs.prepare),
-    "train": Verb("train as a recipe says", _train, verbs.train),
+    "prepare": Verb("turn text into the tokens that training reads", prepare.arguments, prepare.prepare),
+    "train": Verb("train as a recipe says", training.arguments, training.train),
+    "plot": Verb("draw the curves of one or more training runs", training.plot_arguments, training.plot),
+    "merge": Verb("write a model with its adapter built in", _merge, tuning.merge),
     "bench": Verb(
         "how fast the native model (the one for CPUs) reads and writes on this machine", _bench, measure.bench
     ),

@@ -23,7 +23,7 @@ from rich.table import Table
 from roost import checkpoint
 from roost.checks import choice, whole
 from roost.cli import terminal
-from roost.cli.models import SMALL, check_threads
+from roost.cli.models import check_threads, threads_for
 from roost.evaluation.quantisation import Quality, compare
 from roost.formats import packed
 from roost.formats.locate import resolve
@@ -50,10 +50,9 @@ def _open(model: str, weights: WeightsFormat | None, threads: int | None, place:
     if weights is not None:
         path = Path(place) / f"m.{weights}{packed.ENDING}"
         exact, _ = checkpoint.load(model)
-        packed.pack(exact.state_dict(), exact.config, path, weights_format=weights, threads=threads or 2)
-    found, _ = load(path, backend="native", threads=threads)
-    if threads is None and found.config.parameters < SMALL:
-        found.threads = 1
+        threads = threads_for(exact.config, threads)
+        packed.pack(exact.state_dict(), exact.config, path, weights_format=weights, threads=threads)
+    found, _ = load(path, backend="native", threads=threads_for(packed.summary(path).config, threads))
     return found, path.stat().st_size
 
 

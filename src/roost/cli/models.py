@@ -14,12 +14,15 @@ from pathlib import Path
 import torch
 
 from roost import native
-from roost.checkpoint import DTYPES
+from roost.checkpoint import DTYPES, info
 from roost.checks import whole
-from roost.formats.locate import SHIPPED
+from roost.config import ModelConfig
+from roost.formats import packed
+from roost.formats.locate import SHIPPED, resolve
 from roost.formats.slots import WeightsFormat
 from roost.loading import Backend, load
-from roost.models.native import MOST_THREADS, LanguageModel, NativeModel
+from roost.models.native import LanguageModel
+from roost.native import MOST_THREADS
 from roost.tokenizer import WorldTokenizer
 
 SMALL = 50_000_000
@@ -46,18 +49,25 @@ def open_model(
     ships = name in SHIPPED and not Path(name).exists()
     if backend is None and ships and device == "cpu" and dtype is None and native.available():
         backend, weights = "native", "fp32"  # packed in no time, the same numbers, several times as fast
+    path = resolve(name, None, None)
+    if backend is None and path.suffix == packed.ENDING and not path.is_dir():
+        backend = "native"
     if backend == "native":
-        model, tokenizer = load(name, device, dtype, backend="native", weights=weights, threads=threads)
+        threads = threads_for(info(path).config, threads)
+        model, tokenizer = load(path, device, dtype, backend="native", weights=weights, threads=threads)
     else:
-        model, tokenizer = load(name, device, dtype, backend=backend)
+        model, tokenizer = load(path, device, dtype, backend=backend)
     if tokenizer is None:
         raise ValueError(
             f"{name} has {model.config.vocab_size} tokens, which is no World vocabulary: roost has no tokenizer for it;"
             " use roost.load and token ids in Python"
         )
-    if isinstance(model, NativeModel) and threads is None and model.config.parameters < SMALL:
-        model.threads = 1
     return model, tokenizer
+
+
+def threads_for(config: ModelConfig, threads: int | None) -> int:
+    """What --threads means for a native model of this config: without it torch's number, and one for a small model."""
+    return threads or (1 if config.parameters < SMALL else min(torch.get_num_threads(), MOST_THREADS))
 
 
 def check_threads(threads: int | None) -> None:

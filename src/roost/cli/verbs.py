@@ -20,7 +20,7 @@ from roost.cli.models import check_threads, load_model, one_thread
 from roost.inference.sampling import Logprob, Sampling
 from roost.inference.stream import Completion, stream
 from roost.inference.stream import read as read_tokens
-from roost.models.native import MOST_THREADS
+from roost.native import MOST_THREADS
 from roost.state import State
 from roost.tokenizer import WorldTokenizer
 
@@ -186,42 +186,6 @@ def verify(args: argparse.Namespace) -> int:
     return int(verdict.first is not None or not verdict.argmax_agrees)
 
 
-def prepare(args: argparse.Namespace) -> int:
-    """Write a token file."""
-    from roost.data.prepare import prepare as write
-
-    for ending in (".bin", ".idx"):
-        terminal.check_writable(args.out.removesuffix(".bin").removesuffix(".idx") + ending, *args.sources)
-    tokenizer = WorldTokenizer.byte_level() if args.bytes else WorldTokenizer()
-    count, tokens = write(args.sources, args.out, tokenizer)
-    print(f"{count:,} document{'s' * (count != 1)}, {tokens:,} tokens in {args.out}.bin and {args.out}.idx")
-    return 0
-
-
-def train(args: argparse.Namespace) -> int:
-    """Train as a recipe says."""
-    from roost.training.loop import Progress
-    from roost.training.recipe import run_recipe
-
-    overrides: dict[str, Any] = {}
-    for setting in args.set or ():
-        key, equals, value = setting.partition("=")
-        if not equals:
-            raise ValueError(f"--set {setting!r} must be of the form KEY=VALUE")
-        overrides[key] = _literal(value)
-    last = ""
-    with terminal.training() as show:
-
-        def progress(at: Progress) -> None:
-            nonlocal last
-            last = f" after step {at.step}, loss {at.loss:.4f}"
-            show(at.step, at.steps, at.loss, at.tokens_per_second)
-
-        final = run_recipe(args.recipe, overrides, resume=args.resume, device=args.device, progress=progress)
-    print(f"wrote {final}{last}")
-    return 0
-
-
 def demo(args: argparse.Namespace) -> int:
     """The demonstration of `make demo`."""
     from roost.cli.demo import run
@@ -239,13 +203,6 @@ def _real_text(vocab: int, count: int) -> list[int]:
     if count > len(ids):
         raise ValueError(f"--tokens is {count}, but the document that ships has only {len(ids)} tokens")
     return ids[:count]
-
-
-def _literal(value: str) -> Any:
-    try:
-        return json.loads(value)
-    except json.JSONDecodeError:
-        return value  # a bare word is a string
 
 
 def _as_json(found: Completion) -> dict[str, Any]:

@@ -30,10 +30,11 @@ from roost.checks import choice, instance
 from roost.config import ModelConfig, check_config
 from roost.files import replacing
 from roost.formats import storage
-from roost.formats.panels import FORMATS, checksum, file_checksums, pack_matrix
+from roost.formats.panels import checksum, file_checksums, pack_matrix
 from roost.formats.slots import Slot, WeightsFormat, skeleton, slots
 from roost.models.native import PackedTensor
 from roost.models.rwkv import fingerprint_of
+from roost.native import KINDS
 
 ENDING = ".roost"
 
@@ -41,6 +42,9 @@ _MAGIC = b"roost\r\n\x1a"
 _VERSION = 1
 _HEAD = struct.Struct("<8sII8s")
 _FIRST, _ALIGN = 2 << 20, 4096
+
+Source = dict[str, list[int]]
+"""Of every file of a checkpoint, by name: bytes, and nanoseconds of the last change."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +59,7 @@ class Packed:
     fingerprint: str
     weights: WeightsFormat
     tensors: dict[str, PackedTensor]
-    source: dict[str, int] | None
+    source: Source | None
 
 
 def format_of(path: str | os.PathLike[str]) -> WeightsFormat:
@@ -69,10 +73,13 @@ def format_of(path: str | os.PathLike[str]) -> WeightsFormat:
     return cast(WeightsFormat, kind)
 
 
-def source_of(path: str | os.PathLike[str]) -> dict[str, int]:
-    """What tells whether a checkpoint is still the one a packed model was made from: bytes and newest change (ns)."""
-    found = [file.stat() for file in storage.files(Path(path))]
-    return {"bytes": sum(one.st_size for one in found), "mtime_ns": max(one.st_mtime_ns for one in found)}
+def source_of(path: str | os.PathLike[str]) -> Source:
+    """What tells whether a checkpoint is still the one a packed model was made from.
+
+    Neither inode nor time of the inode's change: a directory that is copied whole keeps its packed models.
+    """
+    found = {file.name: file.stat() for file in storage.files(Path(path))}
+    return {name: [one.st_size, one.st_mtime_ns] for name, one in found.items()}
 
 
 def pack(
@@ -81,7 +88,7 @@ def pack(
     path: str | os.PathLike[str],
     *,
     weights_format: WeightsFormat,
-    source: dict[str, int] | None = None,
+    source: Source | None = None,
     threads: int = 1,
 ) -> Path:
     """Write a packed model and return its path; a file is there whole or not at all, and one tensor at a time is made.
@@ -132,7 +139,7 @@ def _packed(slot: Slot, value: Tensor, threads: int) -> tuple[str, NDArray[Any]]
     kind = slot.kinds[0]
     if len(slot.kinds) > 1 and not bool((value.to(torch.bfloat16).to(value.dtype) == value).all()):
         kind = slot.kinds[1]
-    if kind in FORMATS:
+    if kind in KINDS:
         try:
             return kind, pack_matrix(kind, value, threads=threads)
         except ValueError as error:
@@ -167,7 +174,7 @@ def open_packed(path: str | os.PathLike[str], *, verify: bool = True, threads: i
     tensors: dict[str, PackedTensor] = {}
     for slot, entry in zip(plan, entries, strict=True):
         data: NDArray[Any] = mapped[entry["offset"] : entry["offset"] + entry["nbytes"]].view(np.ndarray)
-        if entry["kind"] not in FORMATS:
+        if entry["kind"] not in KINDS:
             data = data.view(np.uint16 if entry["kind"] == "rows16" else np.float32).reshape(slot.shape)
         tensors[slot.name] = PackedTensor(entry["kind"], slot.shape, data)
     config = ModelConfig(**document["config"])
@@ -181,7 +188,7 @@ class Summary:
     config: ModelConfig
     weights: WeightsFormat
     fingerprint: str
-    source: dict[str, int] | None
+    source: Source | None
     numbers: dict[str, int]
 
 
@@ -194,6 +201,28 @@ def summary(path: str | os.PathLike[str]) -> Summary:
         numbers[entry["kind"]] = numbers.get(entry["kind"], 0) + int(np.prod(slot.shape, dtype=np.int64))
     config = ModelConfig(**document["config"])
     return Summary(config, document["weights"], document["fingerprint"], document["source"], numbers)
+
+
+def replaceable(path: Path) -> bool:
+    """Whether a file is a mere copy, to be made again: a packed model with a source, or one damaged beyond saying.
+
+    False for what lacks the first bytes of a packed model, is of a newer version, or cannot be read.
+    """
+    try:
+        with path.open("rb") as file:
+            head = file.read(_HEAD.size)
+            if len(head) < _HEAD.size:
+                return head.startswith(_MAGIC)
+            magic, version, length, digest = _HEAD.unpack(head)
+            if magic != _MAGIC or version > _VERSION:
+                return False
+            header = file.read(length) if length <= _FIRST - _HEAD.size else b""
+            if hashlib.sha256(header).digest()[:8] != digest:
+                return True
+            document = json.loads(header)
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(document, dict) and cast("dict[str, object]", document).get("source") is not None
 
 
 def _opened(path: Path) -> BinaryIO:
@@ -237,9 +266,10 @@ def _checked(document: Any) -> list[Slot]:
     instance("fingerprint", document["fingerprint"], str)
     if config.generation == "dove" or config.n_layer > len(entries):
         raise ValueError("its config is no Eagle or Finch, or has more layers than tensors")
-    source = document["source"]
-    if source is not None and not (isinstance(source, dict) and {type(one) for one in source.values()} <= {int}):
-        raise ValueError(f"source is {source!r}")
+    if json.dumps(document["config"]) != json.dumps(asdict(config)):  # such as a 0 that stands for a default
+        raise ValueError("its config is not written out")
+    if not (document["source"] is None or _is_source(document["source"])):
+        raise ValueError(f"source is {document['source']!r}")
     plan = slots(config, document["weights"])
     if len(plan) != len(entries):
         raise ValueError(f"it names {len(entries)} tensors instead of {len(plan)}")
@@ -250,6 +280,11 @@ def _checked(document: Any) -> list[Slot]:
         if found != wanted or {type(entry["offset"]), type(entry["nbytes"])} != {int}:
             raise ValueError(f"{slot.name} is described by {found[:4]} instead of {wanted[:4]}")
     return plan
+
+
+def _is_source(value: Any) -> bool:
+    files = list(value.values()) if isinstance(value, dict) else []
+    return bool(files) and all(isinstance(one, list) and [type(x) for x in one] == [int, int] for one in files)
 
 
 def _offsets(entries: list[dict[str, Any]]) -> Iterator[int]:

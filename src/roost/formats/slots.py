@@ -14,8 +14,9 @@ import numpy as np
 from torch import Tensor
 
 from roost.config import ModelConfig
-from roost.formats.panels import FORMATS, packed_size
+from roost.formats.panels import packed_size
 from roost.models.rwkv import RWKV
+from roost.native import KINDS
 
 WeightsFormat = Literal["fp32", "bf16", "int8", "int4"]
 """What the weights of a packed model are; see `slots` for what becomes of each tensor."""
@@ -37,7 +38,7 @@ class Slot:
 
     name    the official name; time_maa_w2 becomes five matrices, `.w` `.k` `.v` `.r` `.g`
     shape   of a matrix (outputs, inputs), whatever way round it is stored in checkpoints
-    kinds   the formats it may have: one of `panels.FORMATS`, or "vector" (fp32), or the rows of the embedding: "rows32"
+    kinds   the formats it may have: one of `native.KINDS`, or "vector" (fp32), or the rows of the embedding: "rows32"
             (fp32), "rows16" (bf16). Of two, the first where every number is a bf16 number
     """
 
@@ -47,7 +48,7 @@ class Slot:
 
     def nbytes(self, kind: str) -> int:
         """Bytes in the file."""
-        if kind in FORMATS:
+        if kind in KINDS:
             return packed_size(kind, *self.shape)
         return int(np.prod(self.shape, dtype=np.int64)) * (2 if kind == "rows16" else 4)
 

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import ctypes
 import math
-import weakref
 from collections import deque
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
@@ -24,24 +24,18 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from roost import native
-from roost.checks import whole
+from roost.checks import choice, whole
 from roost.config import ModelConfig
 from roost.models.rwkv import RWKV, check_input, check_sequences, check_state
+from roost.native import KINDS, MOST_THREADS
 from roost.state import LayerState, State
-
-MOST_THREADS = 256
-"""Of one call; src/native/pool.h."""
-
-
-KINDS = ("f32", "w16", "bf16", "i8", "i8 fine", "i4")
-"""Formats of a packed matrix; the index is the native library's number (layouts: src/native/pack.cpp)."""
 
 
 @dataclass(frozen=True)
 class PackedTensor:
     """One tensor as the native library reads it.
 
-    kind    one of KINDS, or "vector" (fp32), or the rows of the embedding: "rows32" (fp32), "rows16" (bf16 bits)
+    kind    one of native.KINDS, or "vector" (fp32), or the rows of the embedding: "rows32" (fp32), "rows16" (bf16 bits)
     shape   (outputs, inputs) of a matrix y = W x, (V, D) of the embedding, or that of the vector
     data    the numbers, C-contiguous; usually a view of a memory-mapped file
     """
@@ -55,49 +49,70 @@ def _plain(x: Tensor) -> Tensor:
     return x if x.dtype is torch.float32 and x.is_contiguous() else x.detach().float().contiguous()
 
 
+@dataclass(eq=False)
+class _Block:
+    """Memory that can be used again; equal to itself only."""
+
+    memory: NDArray[np.float32]
+
+
 class _Lease:
     """Memory of an array that goes back to `home` when nothing refers to the array any more."""
 
-    def __init__(self, block: NDArray[np.float32], home: deque[NDArray[np.float32]]) -> None:
-        self.__array_interface__ = block.__array_interface__
+    def __init__(self, block: _Block, home: Recycled) -> None:
+        self.__array_interface__ = block.memory.__array_interface__
         self._block, self._home = block, home
 
     def __del__(self) -> None:
-        self._home.append(self._block)
+        self._home.take_back(self._block)
 
 
 class Recycled:
-    """Large tensors in memory that is used again: fresh memory costs a page fault for every 4 KiB of every answer."""
+    """Large tensors in memory that is used again: fresh memory costs a page fault for every 4 KiB of every answer.
 
-    def __init__(self, most: int = 4) -> None:
-        self._free: deque[NDArray[np.float32]] = deque(maxlen=most)  # the oldest is given up
+    Tensors of which nothing is left are kept for the next one of the same size, at most 16 of them and at most `most`
+    bytes in all; the oldest is dropped for a new one, and a larger one never kept. Python threads may share it: every
+    step is one call of the deque, since a tensor can end anywhere, even inside another step.
+    """
+
+    def __init__(self, most: int = 64 << 20) -> None:
+        self._most = most
+        self._free: deque[_Block] = deque(maxlen=16)
 
     def empty(self, *shape: int) -> Tensor:
         """An uninitialised fp32 tensor."""
         count = math.prod(shape)
-        if count < 1 << 15:
+        if not 1 << 15 <= count <= self._most // 4:
             return torch.empty(shape)
-        for _ in range(len(self._free)):
-            block = self._free.popleft()
-            if block.size == count:
-                break
-            self._free.append(block)
+        for block in self._free.copy():
+            if block.memory.size == count:
+                with suppress(ValueError):  # another thread was faster
+                    self._free.remove(block)
+                    break
         else:
-            block = np.empty(count, np.float32)
-        return torch.from_numpy(np.asarray(_Lease(block, self._free))).view(shape)
+            block = _Block(np.empty(count, np.float32))
+        return torch.from_numpy(np.asarray(_Lease(block, self))).view(shape)
+
+    def take_back(self, block: _Block) -> None:
+        """Keep a block, and drop the oldest ones until all of them are within the bound."""
+        self._free.append(block)
+        while sum(one.memory.nbytes for one in self._free.copy()) > self._most:
+            with suppress(IndexError):  # another thread was faster
+                self._free.popleft()
 
 
-class NativeModel:
+class NativeModel(native.Held):
     """Eagle or Finch on a CPU: `(tokens, state) -> (logits, state)`, inference only.
 
     config       sizes; dove and heads of other sizes than 16, 32, 64 raise ValueError
     tensors      by their official names; `att.time_maa_w2` in five matrices, `att.time_maa_w2.w` .. `.g`
     fingerprint  of the weights before they were packed, so states can be told apart
     weights      the name of the format: "fp32", "bf16", "int8" or "int4"
-    threads      of the native pool; results do not depend on it
+    threads      of the native pool, 1 to 256, by default torch's number; may be changed; results do not depend on it
     skip_zeros   in decoding, read no weights of `ffn.value` for inputs that are zero; results do not depend on it
 
-    Raises ValueError for missing or misshapen tensors, and without the native library.
+    A shallow copy shares the weights; there are no deep copies and no pickles. Raises ValueError for missing or
+    misshapen tensors, and without the native library.
     """
 
     dtype = torch.float32
@@ -116,8 +131,7 @@ class NativeModel:
         if config.generation == "dove":
             raise ValueError("the native model runs Eagle and Finch; load Dove with backend='torch'")
         self.config, self.fingerprint, self.weights = config, fingerprint, weights
-        threads = min(torch.get_num_threads(), MOST_THREADS) if threads is None else threads
-        self.threads = whole("threads", threads, 1, MOST_THREADS)
+        self.threads = min(torch.get_num_threads(), MOST_THREADS) if threads is None else threads
         self.isa, self._skip_zeros = native.isa(), skip_zeros
         self._time_state = [
             torch.from_numpy(np.array(tensor.data).reshape(config.n_head, config.head_size, config.head_size))
@@ -129,14 +143,23 @@ class NativeModel:
         self._handle = self._build()
         self._forward = native.function("roost_model_forward", _FORWARD)
 
-    def _build(self) -> ctypes.c_void_p:
+    @property
+    def threads(self) -> int:
+        """Of the native pool. Raises ValueError when it is set to an impossible number."""
+        return self._threads
+
+    @threads.setter
+    def threads(self, value: int) -> None:
+        self._threads = whole("threads", value, 1, MOST_THREADS)
+
+    def _build(self) -> native.Handle:
         c = self.config
         sizes = (c.generation == "finch", c.gate, c.n_layer, c.n_embd, c.dim_att, c.dim_ffn, c.vocab_size, c.head_size)
         numbers = (ctypes.c_long * 11)(*(int(n) for n in sizes), c.shift_rank, c.decay_rank, self._skip_zeros)
         new = native.function("roost_model_new", [ctypes.c_void_p, ctypes.c_float], ctypes.c_void_p)
-        handle = ctypes.c_void_p(new(numbers, c.group_norm_eps))
-        native.check(0 if handle.value else -1)
-        weakref.finalize(self, native.function("roost_model_free", [ctypes.c_void_p], None), handle)
+        made = new(numbers, c.group_norm_eps)
+        native.check(0 if made else -1)
+        handle = native.Handle(made, "roost_model_free")
         put = native.function("roost_model_set", _SET)
         for name, tensor in self._tensors.items():
             layer, inner = -1, name
@@ -272,8 +295,14 @@ _FORWARD = [
 def product(
     kind: str, packed: NDArray[Any], outputs: int, inputs: int, x: Float[Tensor, "M K"], *, threads: int = 1
 ) -> Float[Tensor, "M N"]:
-    """x (M, inputs) fp32 times one packed matrix, exactly as the model computes it: for tests and measurements."""
+    """x (M, inputs) fp32 times one packed matrix, exactly as the model computes it: for tests and measurements.
+
+    Raises ValueError for an x of another shape, dtype or device, and for a matrix of another size.
+    """
     call = native.function("roost_product", _PRODUCT)
+    choice("kind", kind, KINDS)
+    if x.dim() != 2 or x.shape[1] != inputs or x.dtype is not torch.float32 or x.device.type != "cpu":
+        raise ValueError(f"x is {x.dtype} {tuple(x.shape)} on {x.device}; it must be (M, {inputs}) fp32 on the CPU")
     x, out = x.contiguous(), torch.empty(x.shape[0], outputs)
     packed = np.ascontiguousarray(packed)
     place = (packed.ctypes.data, packed.nbytes, outputs, inputs)

@@ -1,8 +1,9 @@
 """WKV in the native library (src/native/wkv*): CPU tensors, fp32 or bf16, heads of 32, 64 or 128 channels.
 
 Four tokens share one sweep over the state, their decays meet in the dyadic tree of chunked.py, and one thread computes
-one head of one row, so that neither the number of threads nor the other rows can change a bit of a result. The forward
-pass keeps the state before every 64 tokens (except the first) for the backward pass.
+one head of one row, or in a forward pass with fewer heads than threads some of its value columns, which are independent:
+neither the number of threads nor the other rows can change a bit of a result. The forward pass keeps the state before
+every 64 tokens (except the first) for the backward pass.
 
 Owns: which calls it can serve and why it cannot serve others; memory and strides of the native calls.
 Refuses to know: the equations (wkv_body.inl), registration (library.py), the choice of a backend (the package).
@@ -90,6 +91,10 @@ def _decay(log_w: Tensor) -> tuple[Tensor, tuple[int, int, int, int]]:
     return log_w, (data, row, token or 1, head)
 
 
+def _threads() -> int:
+    return min(torch.get_num_threads(), native.MOST_THREADS)
+
+
 def _bounds(offsets: list[int] | None) -> Any:
     return None if offsets is None else (ctypes.c_int64 * len(offsets))(*offsets)
 
@@ -121,7 +126,7 @@ def forward(
     call = _Call(
         _view(r), _view(k), _view(v), decay, _view(out), bonus.data_ptr(), state.data_ptr(),
         saved.data_ptr() if keep else None, None if bounds is None else ctypes.addressof(bounds),
-        state.shape[0], tokens, heads, size, r.dtype == torch.bfloat16, torch.get_num_threads(), after.data_ptr(),
+        state.shape[0], tokens, heads, size, r.dtype == torch.bfloat16, _threads(), after.data_ptr(),
     )  # fmt: skip
     native.check(_function("roost_wkv_forward")(ctypes.addressof(call)))
     return out, after, saved
@@ -142,7 +147,7 @@ def backward(
     call = _Call(
         _view(r), _view(k), _view(v), decay, _view(d_out), bonus.data_ptr(), state.data_ptr(), saved.data_ptr(),
         None if bounds is None else ctypes.addressof(bounds), state.shape[0], tokens, heads, size,
-        r.dtype == torch.bfloat16, torch.get_num_threads(), d_state.data_ptr(), _view(dr), _view(dk), _view(dv),
+        r.dtype == torch.bfloat16, _threads(), d_state.data_ptr(), _view(dr), _view(dk), _view(dv),
         _view(dw) if dw.dim() == 4 else (dw.data_ptr(), 0, 0, size), du.data_ptr(), ds.data_ptr(),
     )  # fmt: skip
     native.check(_function("roost_wkv_backward")(ctypes.addressof(call)))

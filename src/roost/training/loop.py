@@ -25,7 +25,7 @@ from roost.data.batch import Batch, Batches
 from roost.models.rwkv import RWKV
 from roost.training.blocks import prepared
 from roost.training.config import TrainConfig
-from roost.training.guards import Interrupted, catching, drawing, dump
+from roost.training.guards import Interrupted, Signals, catching, drawing, dump
 from roost.training.loss import Objective, next_token_sums
 from roost.training.metrics import Log, Meter, flops_per_token, measured_peak
 from roost.training.optim import learning_rate, optimiser
@@ -67,6 +67,7 @@ def train(
     sample: Callable[[RWKV], str] | None = None,
     save_final: Callable[[Path], Path] | None = None,
     reduce: Reducer | None = None,
+    identity: Mapping[str, int | float | str] | None = None,
     resume: bool = False,
     progress: Callable[[Progress], None] | None = None,
 ) -> Path:
@@ -77,6 +78,7 @@ def train(
     sample      writes a short text with the model; logged after every validation
     save_final  out -> path of what was written; default: model.save(out / "final.safetensors")
     reduce      the ranks of a run on several devices
+    identity    what else decides the run, by name (of an adapter, say); a resumed run must have the same
 
     Trains the parameters that require a gradient. Writes to config.out: log.jsonl (one object per log line, validation
     or warning), step-N.pt (the newest `keep`), bad-step-N.pt (the batch of a skipped step) and the final model. With
@@ -89,43 +91,17 @@ def train(
     the log; a final model that it refuses raises OSError.
     """
     check_run(model, data, config, validation, storable=save_final is None)
-    run = _Run(model, data, config, objective, reduce or Alone())
+    run = _Run(model, data, config, objective, reduce or Alone(), identity or {})
     out = check_start(config.out, resume=resume)
     run.restore(out, resume=resume)
     log = Log(config, active=run.reduce.is_main)
     validating = partial(_validate, run, log, validation or {}, sample)
-    dtype = model.dtype if config.precision == "fp32" else DTYPES[config.precision]
-    peak = (config.peak_flops or measured_peak(model.device, dtype)) * run.reduce.ranks
-    meter = Meter(model.device, flops_per_token(model.config), peak)
     model.train()
     model.fingerprint = ""  # the weights change from here on
-    saved = time.monotonic()
 
     try:
         with prepared(model, config), catching() as signals:
-            while run.position.step < run.length.steps:
-                result = run.step()
-                step, last = run.position.step, run.position.step == run.length.steps
-                meter.tokens, meter.waited = meter.tokens + run.length.tokens, meter.waited + result.waited
-                if result.skipped:
-                    run.guard(out, log, result)
-                elif step % config.log_every == 0 or last:
-                    figures = meter.figures()
-                    line = {"loss": result.loss, "lr": run.rate(step - 1), "gradient_norm": result.norm}
-                    log.write({"step": step, "tokens": step * run.length.tokens, **line, **figures})
-                    if progress:
-                        progress(Progress(step, run.length.steps, result.loss, figures["tokens_per_second"]))
-                if last or (config.validate_every and step % config.validate_every == 0):
-                    validating()
-                    meter.restart()
-                asked = run.agree(signals.caught)
-                timed = int(time.monotonic() - saved >= 60 * config.save_minutes > 0)
-                if not last and (asked or step % config.save_every == 0 or (config.save_minutes and run.agree(timed))):
-                    path = run.save(out, log)
-                    saved = time.monotonic()
-                    meter.restart()
-                    if asked:
-                        raise Interrupted(asked, step, path)
+            _steps(run, out, log, signals, validating, progress)
         model.eval()
         return save_model(model, out, config, save_final, run.reduce)
     finally:
@@ -133,20 +109,65 @@ def train(
         log.close()
 
 
+def _steps(
+    run: _Run,
+    out: Path,
+    log: Log,
+    signals: Signals,
+    validating: Callable[[], None],
+    progress: Callable[[Progress], None] | None,
+) -> None:
+    """All steps that are left, with what belongs after each. Raises Interrupted."""
+    config, model = run.config, run.model
+    dtype = model.dtype if config.precision == "fp32" else DTYPES[config.precision]
+    peak = (config.peak_flops or measured_peak(model.device, dtype)) * run.reduce.ranks
+    meter, saved = Meter(model.device, flops_per_token(model.config), peak), time.monotonic()
+    while run.position.step < run.length.steps:
+        result = run.step()
+        step, last = run.position.step, run.position.step == run.length.steps
+        meter.tokens, meter.waited = meter.tokens + run.length.tokens, meter.waited + result.waited
+        if result.skipped:
+            run.guard(out, log, result)
+        elif step % config.log_every == 0 or last:
+            figures = meter.figures()
+            line = {"loss": result.loss, "lr": run.rate(step - 1), "gradient_norm": result.norm}
+            log.write({"step": step, "tokens": round(step * run.length.tokens), **line, **run.figures(), **figures})
+            if progress:
+                progress(Progress(step, run.length.steps, result.loss, figures["tokens_per_second"]))
+        if last or (config.validate_every and step % config.validate_every == 0):
+            validating()
+            meter.restart()
+        asked = run.agree(signals.caught)
+        timed = int(time.monotonic() - saved >= 60 * config.save_minutes > 0)
+        if not last and (asked or step % config.save_every == 0 or (config.save_minutes and run.agree(timed))):
+            path = run.save(out, log)
+            saved = time.monotonic()
+            meter.restart()
+            if asked:
+                raise Interrupted(asked, step, path)
+
+
 class _Run:
     """What does not change during a run, and its position."""
 
     def __init__(
-        self, model: RWKV, data: Batches, config: TrainConfig, objective: Objective | None, reduce: Reducer
+        self,
+        model: RWKV,
+        data: Batches,
+        config: TrainConfig,
+        objective: Objective | None,
+        reduce: Reducer,
+        identity: Mapping[str, int | float | str],
     ) -> None:
         self.model, self.data, self.config, self.reduce = model, data, config, reduce
         self.objective: Objective = objective or partial(next_token_sums, l2wrap=config.l2wrap)
         self.count: Callable[[Batch], int] = getattr(self.objective, "count", _targets)
+        self.figures: Callable[[], dict[str, float]] = getattr(self.objective, "figures", dict)
         self.length: Length = length_of(data, config)
         self.position = Position()
         scaler = torch.amp.GradScaler(model.device.type, enabled=config.precision == "fp16")
         self.trained = Trained(model, optimiser(model, config), scaler)
-        self.settings = settings_of(model, data, config)
+        self.settings = settings_of(model, data, config, identity)
 
     def restore(self, out: Path, *, resume: bool) -> None:
         """Go where the newest checkpoint is."""

@@ -46,7 +46,8 @@ Objective = Callable[[RWKV, Batch], Sums]
 """What a run minimises: sums over one part of a step.
 
 The loop divides by the number of targets >= 0 in the whole step; an objective with another unit (pairs, say) has an
-attribute `count`, a function of one part of the batch that gives the number of units in it.
+attribute `count`, a function of one part of the batch that gives the number of units in it. With an attribute
+`figures`, a function without arguments, the numbers it returns by name are part of every log line.
 """
 
 

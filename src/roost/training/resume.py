@@ -78,6 +78,8 @@ def restore(out: Path, trained: Trained, settings: Settings) -> Position:
     Raises ValueError when the checkpoint is damaged, or when a setting differs from the one it was trained with.
     """
     saved = checkpoints(out)
+    if not saved and any(out.glob("step-*.dcp")):
+        raise ValueError(f"{out} holds a sharded run: resume it sharded, or choose another directory")
     return _load(saved, trained, settings) if saved else Position()
 
 

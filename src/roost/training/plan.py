@@ -1,0 +1,144 @@
+"""A run on paper: sizes, work, memory, time and communication, without a step of training.
+
+    memory     16 bytes a parameter (fp32 weight, gradient, two moments; 8 of them only for what is trained), and
+               activations: A D bytes per token and layer, measured (ACTIVATIONS); with recomputation 4 D, and one block
+    replicas   a rank sends 2 (R - 1) / R of the fp32 gradients per step
+    shards     1 / R of the 16 bytes; a rank receives (R - 1) / R of the weights twice and sends as much of the
+               gradients, per part of a step
+
+Owns: these formulas, and the tables for 8 and 64 devices.
+Refuses to know: how a step is made; what a device really reaches (a share of its peak is assumed and said).
+"""
+
+from __future__ import annotations
+
+from math import ceil
+
+import torch
+
+from roost.config import PRESETS, ModelConfig
+from roost.data.binidx import TokenFile
+from roost.data.order import magic_prime
+from roost.training.loop import DTYPES
+from roost.training.loss import LARGEST_LOGITS
+from roost.training.metrics import flops_per_token, measured_peak
+from roost.training.recipe import Recipe, sizes_of
+
+ACTIVATIONS = {
+    "dove": {"fp32": 124, "bf16": 80},
+    "eagle": {"fp32": 124, "bf16": 80},
+    "finch": {"fp32": 158, "bf16": 113},
+}
+"""Bytes kept for the backward pass per token, layer and channel of D: counted from saved tensors, native WKV.
+
+Dove's recurrence in plain torch keeps more; it is not counted.
+"""
+
+REACHED = 0.4
+"""The share of the peak that a time estimate assumes."""
+
+
+def activation_bytes(config: ModelConfig, tokens: int, precision: str = "fp32", *, recompute: bool = False) -> int:
+    """Bytes of activations of one forward pass over so many tokens, with the logits of one piece of the loss."""
+    D, L = config.n_embd, config.n_layer
+    block = ACTIVATIONS[config.generation]["fp32" if precision == "fp32" else "bf16"] * D
+    layers = 4 * D * L + block if recompute else block * L
+    logits = 12 * min(LARGEST_LOGITS, tokens * config.vocab_size)
+    casts = 0 if precision == "fp32" else 2 * config.parameters
+    return tokens * (layers + 8 * D) + logits + casts
+
+
+def across(config: ModelConfig, ranks: int, tokens: int = 4096, parts: int = 1) -> dict[str, float]:
+    """Bytes of one rank of `ranks`, bf16 with recomputation, `parts` times `tokens` a step on each.
+
+    replica_memory, shard_memory   weights, gradients, moments and activations
+    replica_traffic, shard_traffic   sent and received per step
+    """
+    P = config.parameters
+    share = (ranks - 1) / ranks
+    activations = activation_bytes(config, tokens, "bf16", recompute=True)
+    layer = (P - 2 * config.vocab_size * config.n_embd) / config.n_layer
+    gathered = 4 * (layer * 2 + 2 * config.vocab_size * config.n_embd)
+    return {
+        "replica_memory": 16 * P + activations,
+        "shard_memory": 16 * P / ranks + gathered + activations,
+        "replica_traffic": 2 * share * 4 * P,
+        "shard_traffic": parts * share * 3 * 4 * P,
+    }
+
+
+def scale_table(tokens: int = 4096) -> list[list[str]]:
+    """The table of docs/training.md: a head and one row per preset, memory and traffic on 8 and 64 devices."""
+    head = ["preset", "parameters", "FLOPs/token"]
+    for ranks in (8, 64):
+        head += [f"{ranks} replicas: GB", "GB/step", f"{ranks} shards: GB", "GB/step"]
+    rows = [head]
+    for name, config in PRESETS.items():
+        if config.generation == "dove" or config.vocab_size < 1000:
+            continue
+        row = [name, f"{config.parameters / 1e9:.2f} B", f"{flops_per_token(config):.2e}"]
+        for ranks in (8, 64):
+            found = across(config, ranks, tokens)
+            keys = ("replica_memory", "replica_traffic", "shard_memory", "shard_traffic")
+            row += [f"{found[key] / 1e9:.1f}" for key in keys]
+        rows.append(row)
+    return rows
+
+
+def plan(recipe: Recipe, device: torch.device | str = "cpu") -> list[tuple[str, str]]:
+    """What a run will take, as (what, value) lines. Reads sizes and the index of the data; measures the device's peak.
+
+    Raises ValueError as the run itself would for files that do not exist or do not fit.
+    """
+    config, train, device = sizes_of(recipe.model), recipe.config, torch.device(device)
+    lines = [
+        ("model", f"{recipe.model}: {config.generation}, {config.n_layer} layers of {config.n_embd}"),
+        ("parameters", f"{config.parameters:,}; the state of a row {config.state_bytes:,} bytes"),
+    ]
+    per_step = recipe.ctx * recipe.batch
+    tokens, windows = 0, 0
+    if recipe.task.task == "pretrain":
+        tokens = len(TokenFile(recipe.data[0]))
+        windows = (tokens - 1) // recipe.ctx
+        if windows < 1:
+            raise ValueError(f"{recipe.data[0]} has {tokens} tokens; ctx {recipe.ctx} needs {recipe.ctx + 1}")
+        lines.append(
+            ("data", f"{tokens:,} tokens, {windows:,} windows of {recipe.ctx}; {_prime(tokens // recipe.ctx)}")
+        )
+    elif train.epochs:
+        raise ValueError("the length of an epoch is known after the text is read: plan with steps or tokens")
+    steps = train.steps or ceil((train.tokens or train.epochs * windows * recipe.ctx) / per_step)
+    total = steps * per_step
+    epochs = f", {total / (windows * recipe.ctx):.2f} epochs" if windows else ""
+    lines.append(("steps", f"{steps:,} of {per_step:,} tokens: {total:,} tokens{epochs}"))
+    flops = flops_per_token(config)
+    lines.append(("work", f"{flops:.4g} FLOPs a token, {total * flops:.4g} in all"))
+    part = per_step // train.accumulate
+    part = min(part, recipe.segment * recipe.batch // train.accumulate) if recipe.segment else part
+    activations = activation_bytes(config, part, train.precision, recompute=train.recompute)
+    lines.append(
+        ("memory", f"weights, gradients, moments {_gb(16 * config.parameters)}; activations about {_gb(activations)}")
+    )
+    peak = train.peak_flops or measured_peak(device, DTYPES[train.precision])
+    seconds = total * flops / (peak * REACHED)
+    lines.append(
+        ("time", f"about {_hours(seconds)} at {REACHED:.0%} of {peak / 1e12:.3g} TFLOP/s (one {device}, measured)")
+    )
+    return lines
+
+
+def _prime(windows: int) -> str:
+    try:
+        return f"magic prime {magic_prime(windows):,}"
+    except ValueError:
+        return "too few for a magic prime"
+
+
+def _gb(count: float) -> str:
+    return f"{count / 1e9:.2f} GB"
+
+
+def _hours(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

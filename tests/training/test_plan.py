@@ -1,0 +1,76 @@
+"""A run on paper: FLOPs by the reference's table, activations by counting, and what a plan says."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from roost import PRESETS, RWKV
+from roost.cli import main
+from roost.config import ModelConfig
+from roost.training.metrics import flops_per_token
+from roost.training.plan import across, activation_bytes, plan, scale_table
+from roost.training.recipe import read_recipe
+from training_runs import RECIPE, corpus_in
+
+
+@pytest.mark.parametrize(
+    "name,flops",
+    [
+        *(("eagle-0.4b", 2.3986e9), ("eagle-1.5b", 8.7231e9), ("eagle-3b", 1.7475e10), ("eagle-7b", 4.3663e10)),
+        *(("finch-1.6b", 8.8552e9), ("finch-3b", 1.7695e10), ("finch-7b", 4.4367e10)),
+    ],
+)
+def test_flops(name: str, flops: float) -> None:
+    assert flops_per_token(PRESETS[name]) == pytest.approx(flops, rel=3e-5)
+
+
+@pytest.mark.parametrize("generation", ["eagle", "finch"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_activations_are_what_autograd_keeps(generation: str, precision: str) -> None:
+    """Bytes of storages saved for the backward pass, parameters left out, within a tenth."""
+    config, tokens = ModelConfig(generation, 3, 256, vocab_size=257), torch.zeros(2, 256, dtype=torch.long)
+    model, kept = RWKV(config), dict[int, tuple[int, torch.Tensor]]()
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = (storage.nbytes(), tensor)
+        return tensor
+
+    with (
+        torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+        torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"),
+    ):
+        model(tokens, head=False)
+    logits = 12 * tokens.numel() * 257
+    found = sum(size for size, _ in kept.values())
+    assert activation_bytes(config, tokens.numel(), precision) - logits == pytest.approx(found, rel=0.1)
+    assert activation_bytes(config, 512, recompute=True) < activation_bytes(config, 512)
+
+
+def test_many_devices() -> None:
+    """8 replicas send 7/4 of the fp32 gradients; shards hold an eighth of the 16 bytes a parameter."""
+    config = PRESETS["finch-7b"]
+    eight, many = across(config, 8), across(config, 64)
+    assert eight["replica_traffic"] == 7 * config.parameters
+    assert eight["shard_traffic"] == pytest.approx(10.5 * config.parameters)
+    assert eight["shard_memory"] - many["shard_memory"] == pytest.approx(16 * config.parameters * (1 / 8 - 1 / 64))
+    table = scale_table()
+    assert len({len(row) for row in table}) == 1 and [row[0] for row in table[1:3]] == ["eagle-0.1b", "eagle-0.4b"]
+
+
+def test_a_plan_trains_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "r.toml"
+    path.write_text(RECIPE.format(data=corpus_in(tmp_path), out=tmp_path / "run"))
+    lines = dict(plan(read_recipe(path)))
+    assert "217,472" in lines["parameters"] and lines["steps"].startswith("60 of 128 tokens: 7,680 tokens")
+    assert "magic prime 401" in lines["data"] and "s at 40% of" in lines["time"]
+    assert main(["train", str(path), "--plan", "--set", "epochs=2", "--set", "steps=0"]) == 0
+    out = capsys.readouterr().out
+    assert "2.00 epochs" in out and "finch-14b" in out and not (tmp_path / "run").exists()
+    with pytest.raises(ValueError, match="needs 100001"):
+        plan(read_recipe(path, {"ctx": 100000}))
