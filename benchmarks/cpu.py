@@ -67,7 +67,7 @@ def here(package: str) -> bool:
 
 def decode(preset: str, options: argparse.Namespace) -> Iterator[Row]:
     """Writing, each format against the rival formats of its size."""
-    made = peers.files(preset, options.directory)
+    made = peers.files(preset, options.directory, peers.GGUF_FORMATS if here("llama_cpp") else ())
     for weights, rivals in RIVALS.items():
         kinds = [kind for kind in rivals if kind in made] if here("llama_cpp") else []
         with ExitStack() as stack:  # each is entered as it is made: they end, too, when a later one cannot start
@@ -86,7 +86,7 @@ def decode(preset: str, options: argparse.Namespace) -> Iterator[Row]:
 
 def prefill(preset: str, options: argparse.Namespace) -> Iterator[Row]:
     """Reading 512 and 2048 tokens, against llama.cpp's fastest format."""
-    made = peers.files(preset, options.directory)
+    made = peers.files(preset, options.directory, peers.GGUF_FORMATS if here("llama_cpp") else ())
     with ExitStack() as stack:
         rivals = {
             f"llama.cpp {kind}": stack.enter_context(peers.best_llama_cpp(path, options.threads)[0])
@@ -197,7 +197,8 @@ def rows(preset: str, options: argparse.Namespace) -> Iterator[Row]:
 
 def neighbour(preset: str, options: argparse.Namespace) -> Iterator[Row]:
     """Writing while another process keeps the last core busy, against the own quiet speed; every engine."""
-    made, core = peers.files(preset, options.directory), (os.cpu_count() or 1) - 1
+    made = peers.files(preset, options.directory, ("q8_0",) if here("llama_cpp") else ())
+    core = (os.cpu_count() or 1) - 1
     field: dict[str, Callable[[], Peer]] = {
         "roost int8": lambda: roost_model(preset, options.directory, "int8", options.threads)
     }

@@ -1,12 +1,14 @@
-"""Claim: a Finch L6 D256 over bytes learns along the stored curve: ten losses, each within 0.01 nats per token.
+"""Claim: a Finch L6 D256 over bytes learns along the stored curve: ten losses, in nats per token.
 
 The corpus ships in the package: the Universal Declaration of Human Rights in 102 languages, one document a language,
 byte b as id b + 1. Each of the ten numbers is the mean training loss over a tenth of the run. `short` is what the tests
-run (tests/training/golden/short.json), `long` (benchmarks/golden/long.json) shows what only many steps show.
+run (tests/training/golden/short.json): twenty steps, in which fp32 and fp64 differ by 3e-5 and initial matrices
+made with another number of threads (their QR rounds differently) make 5e-4, within 0.003. `long` (benchmarks/golden/long.json),
+within 0.01, shows what only many steps show. The rest is TrainConfig's default.
 
     python benchmarks/golden.py [long|short] [--out FILE] [--threads N] [--store FILE]
 
-Exits with 1 when a loss is more than 0.01 away. --store writes a new curve in place of comparing.
+Exits with 1 when a loss is farther away. --store writes a new curve in place of comparing.
 """
 
 from __future__ import annotations
@@ -36,10 +38,9 @@ ROOT = Path(__file__).parents[1]
 STORED = {"short": ROOT / "tests/training/golden/short.json", "long": ROOT / "benchmarks/golden/long.json"}
 MODEL = ModelConfig("finch", 6, 256, vocab_size=257)
 RUNS: dict[str, dict[str, Any]] = {
-    "short": {"ctx": 128, "batch": 4, "steps": 20, "lr": 2e-3, "lr_final": 2e-4},
-    "long": {"ctx": 256, "batch": 8, "steps": 400, "lr": 1e-3, "lr_final": 1e-5},
+    "short": {"ctx": 128, "batch": 4, "steps": 20, "lr": 6e-4, "lr_final": 6e-5, "within": 0.003},
+    "long": {"ctx": 256, "batch": 4, "steps": 400, "lr": 6e-4, "lr_final": 6e-6, "within": 0.01},
 }
-TOLERANCE = 0.01
 
 
 def corpus() -> Iterator[list[int]]:
@@ -56,7 +57,7 @@ def curve(run: str, folder: Path) -> dict[str, Any]:
     data = TokenLoader(folder / "declaration", settings["ctx"], settings["batch"], seed=0)
     steps, lr, final = settings["steps"], settings["lr"], settings["lr_final"]
     config = TrainConfig(
-        steps=steps, lr=lr, lr_final=final, eps=1e-18, out=str(folder / "run"), save_every=steps, log_every=1,
+        steps=steps, lr=lr, lr_final=final, out=str(folder / "run"), save_every=steps, log_every=1,
         peak_flops=1.0,
     )  # fmt: skip
     model = RWKV(MODEL, seed=0)
@@ -93,7 +94,7 @@ def main() -> None:
     write(
         "golden", [{**row, "stored": stored["losses"], "farthest": round(farthest, 5), "seconds": seconds}], options.out
     )
-    if not farthest <= TOLERANCE:
+    if not farthest <= row["within"]:
         sys.exit(1)
 
 

@@ -15,6 +15,7 @@ import json
 import os
 import sysconfig
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 from common import alternate, write
@@ -24,13 +25,20 @@ from roost.data.binidx import TokenFile
 from roost.data.prepare import prepare
 
 
+def python_files() -> Iterator[Path]:
+    """The installed Python code, folder by folder."""
+    for place in ("stdlib", "purelib"):
+        for folder, inner, names in os.walk(sysconfig.get_path(place)):
+            inner.sort()
+            yield from (Path(folder, name) for name in sorted(names) if name.endswith(".py"))
+
+
 def documents(size: int) -> list[str]:
-    """Python files of `size` bytes in all, the standard library first, repeated with another first line if too few."""
+    """Python files of `size` bytes in all, repeated with another first line if too few."""
     found: list[str] = []
     total, turn = 0, 0
-    paths = [p for place in ("stdlib", "purelib") for p in sorted(Path(sysconfig.get_path(place)).rglob("*.py"))]
     while total < size:
-        for path in paths:
+        for path in python_files():
             text = f"# {turn}\n" * (turn > 0) + path.read_text(encoding="utf-8", errors="ignore")
             total += len(text.encode())
             if text:

@@ -2,7 +2,7 @@
 
     wkv     forward and backward of Finch L4 D256, vocabulary 256, T = 512, B = 8: the native WKV against the same model
             on the recurrence in torch with autograd (>= 8x, goal 10x; fp32) and on the chunked torch WKV in
-            circulation (>= 1.7x fp32, >= 2x bf16)
+            circulation (>= 1.7x fp32, >= 2x bf16); with blocks compiled besides
     gpt     Finch and Eagle against a GPT of the same size (SDPA, same optimiser and vocabulary), T = 512 (>= 0.9x) and
             T = 4096 (>= 1.5x), fp32 and bf16: forward and backward, and the whole step with clipping and AdamW
     share   how much of a step is WKV (<= 25 %)
@@ -136,7 +136,11 @@ def measure_wkv(B: int, T: int, rounds: int, device: str) -> list[dict[str, Any]
             with recurrence(name):
                 trainee.forward_backward()
 
-        fast = alternate({name: partial(run, name) for name in variants[:3]}, rounds=rounds, sync=waiter(device))
+        compiled = Trainee(shaken(config, device), trainee.batch, precision)
+        calls: dict[str, Callable[[], object]] = {name: partial(run, name) for name in variants[:3]}
+        with prepared(compiled.model, replace(CONFIG, compile=True)):  # pyright: ignore[reportArgumentType]
+            calls = {**calls, f"{ours}, blocks compiled": compiled.forward_backward}
+            fast = alternate(calls, rounds=rounds, sync=waiter(device))
         slow = alternate({n: partial(run, n) for n in (ours, "reference")}, rounds=min(rounds, 3), sync=waiter(device))
         rival = min(fast[name]["median_s"] for name in variants[1:3])
         rows.append(
@@ -145,6 +149,9 @@ def measure_wkv(B: int, T: int, rounds: int, device: str) -> list[dict[str, Any]
                 **speeds({**fast, "reference": slow["reference"]}, B * T), "gradients_apart": apart,
                 "over_recurrence": round(slow["reference"]["median_s"] / slow[ours]["median_s"], 2),
                 "over_chunked_in_circulation": round(rival / fast[ours]["median_s"], 2),
+                "compiled_over_chunked_in_circulation": round(
+                    rival / fast[f"{ours}, blocks compiled"]["median_s"], 2
+                ),
             }
         )  # fmt: skip
     return rows

@@ -8,7 +8,8 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
+from typing import ClassVar
 
 import pytest
 
@@ -83,35 +84,53 @@ def test_long_context_quick(tmp_path: Path) -> None:
     assert all(row["peak_mib"] > 50 for row in rows) and growth["longest_over_shortest"] > 0
 
 
-ABSENT = """
-import importlib.util, runpy, sys
-find = importlib.util.find_spec
-importlib.util.find_spec = lambda name, *rest: None if name in ("llama_cpp", "rwkv") else find(name, *rest)
-sys.path.insert(0, sys.argv[1])
-sys.argv = [sys.argv[1] + "/cpu.py", *sys.argv[2:]]
-runpy.run_path(sys.argv[0], run_name="__main__")
-"""
+class FakePeer:
+    """Takes a second for everything; "llama" of the q4_K kind cannot start."""
+
+    alive: ClassVar[list[FakePeer]] = []
+    load_s = 1.0
+
+    def __init__(self, kind: str, path: str, *_: str) -> None:
+        if "q4_K" in path:
+            raise RuntimeError("the peer ended")
+        self.kind = kind
+        self.alive.append(self)
+
+    def __enter__(self) -> FakePeer:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.alive.remove(self)
+
+    def run(self, what: str, tokens: int) -> float:
+        return 1.0
+
+    def peak_bytes(self) -> int:
+        return 1
 
 
-@pytest.mark.skipif(not native.available(), reason=f"no native library: {native.why_not()}")
-def test_cpu_without_peers(tmp_path: Path) -> None:
-    """Speeds without ratios where neither peer is installed."""
-    out = tmp_path / "cpu.json"
-    command = [sys.executable, "-c", ABSENT, str(FOLDER), str(tmp_path), "--models", "nestling", "--threads", "1"]
-    command += ["--parts", "decode", "package", "--steps", "2", "--rounds", "1", "--out", str(out)]
-    subprocess.run(command, check=True, cwd=tmp_path)
-    rows = json.loads(out.read_text())["rows"]
-    assert [row["part"] for row in rows] == ["decode"] * 3 + ["rwkv package"] * 2
-    assert all(set(row["tokens_per_s"]) == {"dense", "sparse"} and "dense_ratio" not in row for row in rows[:3])
-    assert all(row["tokens_per_s"]["bf16"] > 0 and "ratio" not in row for row in rows[3:])
-
-
-def test_prepare_quick(tmp_path: Path) -> None:
-    out = tmp_path / "prepare.json"
-    command = [sys.executable, str(FOLDER / "prepare.py"), "--quick", "--workers", "1", "--out", str(out)]
-    subprocess.run(command, check=True, cwd=tmp_path)
-    rows = json.loads(out.read_text())["rows"]
-    assert [row["workers"] for row in rows] == [1] and rows[0]["share_of_tokenizer"] > 0
+@pytest.mark.parametrize("installed", [False, True])
+def test_cpu_with_and_without_peers(installed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ratios where the peers are installed; and whoever was started ends, also when a later one cannot start."""
+    monkeypatch.syspath_prepend(FOLDER)
+    cpu, peers = importlib.import_module("cpu"), importlib.import_module("peers")
+    made = {kind: tmp_path / f"m.{kind}.gguf" for kind in ("fp16", "bf16", "q8_0", "q4_0", "q4_K")}
+    monkeypatch.setattr(cpu, "here", lambda package: installed)
+    for module in (cpu, peers):
+        monkeypatch.setattr(module, "Peer", FakePeer)
+    monkeypatch.setattr(peers, "files", lambda *_: {"pth": tmp_path / "m.pth", **made})
+    monkeypatch.setattr(FakePeer, "alive", [])
+    for weights in cpu.RIVALS:
+        (tmp_path / f"m.{weights}.roost").touch()
+    options = SimpleNamespace(directory=tmp_path, threads=1, steps=2, rounds=1)
+    if installed:
+        with pytest.raises(RuntimeError, match="the peer ended"):
+            list(cpu.decode("m", options))
+        assert not FakePeer.alive
+        del made["q4_K"]
+    for part, key in ((cpu.decode, "dense_ratio"), (cpu.prefill, "ratios"), (cpu.package, "ratio")):
+        rows = list(part("m", options))
+        assert rows and all((key in row) == installed and row["tokens_per_s"] for row in rows) and not FakePeer.alive
 
 
 @pytest.mark.slow

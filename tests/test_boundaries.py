@@ -62,7 +62,7 @@ WRONG: dict[str, tuple[Callable[[RWKV, Path], Any], str]] = {
     "steps": (lambda m, p: TrainConfig(steps="3"), "steps is '3'; it must be a whole number"),
     "rate": (lambda m, p: TrainConfig(3, lr="1e-3"), "lr is '1e-3'; it must be a finite number"),
     "place": (lambda m, p: TrainConfig(3, out=None), "out is None; it must be a str"),
-    "precision": (lambda m, p: TrainConfig(3, precision="fp16"), "precision is 'fp16'; did you mean 'bf16'"),
+    "precision": (lambda m, p: TrainConfig(3, precision="fp8"), "precision is 'fp8'; did you mean 'fp"),
     "no data": (lambda m, p: roost.train(m, None, TrainConfig(3, out=str(p))), "data is None.*TokenLoader"),
     "no numbers": (lambda m, p: roost.train(m, Data(), {}), r"config is \{\}; it must be a TrainConfig"),
 }

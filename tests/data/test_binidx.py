@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from roost.data.binidx import TokenFile, write_tokens
+from roost.data.binidx import TokenFile, write_blocks, write_tokens
 
 # Two documents, [5, 65535] and [], written out by hand from RWKV-LM's make_data.py and binidx.py.
 INDEX = bytes.fromhex(
@@ -177,3 +177,28 @@ def test_bad_ids_are_refused_and_the_old_pair_survives(
         write_tokens(prefix, arrays, vocab_size=vocab)
     assert sorted(path.name for path in prefix.parent.iterdir()) == ["two.bin", "two.idx"]
     assert TokenFile(prefix).tokens.tolist() == [5, 65535, 0, 0]
+
+
+@pytest.mark.parametrize(("vocab", "dtype"), [(65536, np.uint16), (70000, np.int32)])
+def test_blocks_write_what_documents_write(tmp_path: Path, vocab: int, dtype: type) -> None:
+    write_tokens(tmp_path / "wanted", [[1, 2], [], [vocab - 1]], vocab_size=vocab)
+    blocks = [np.array([1], dtype), np.array([2, 0, 0, vocab - 1, 0], dtype)]
+    assert write_blocks(tmp_path / "found", iter(blocks), np.array([3, 1, 2]), vocab_size=vocab) == 6
+    for ending in ("bin", "idx"):
+        assert (tmp_path / f"found.{ending}").read_bytes() == (tmp_path / f"wanted.{ending}").read_bytes()
+    with pytest.raises(ValueError, match="have 7 tokens by their sizes, but 6 were given"):
+        write_blocks(tmp_path / "found", iter(blocks), np.array([3, 1, 3]), vocab_size=vocab)
+    assert len(TokenFile(tmp_path / "found")) == 6
+
+
+@pytest.mark.parametrize(("dtype", "code", "worst"), [("<u2", 8, 65535), ("<i4", 4, -1), ("<i4", 4, 300)])
+def test_ids_of_another_vocabulary_are_named(tmp_path: Path, dtype: str, code: int, worst: int) -> None:
+    tokens = np.array([100, 7, worst, 0], dtype)
+    head = b"MMIDIDX\0\0" + struct.pack("<QBQQ", 1, code, 1, 2)
+    (tmp_path / "x.idx").write_bytes(head + struct.pack("<iqqq", 4, 0, 0, 1))
+    (tmp_path / "x.bin").write_bytes(tokens.tobytes())
+    file = TokenFile(tmp_path / "x")
+    with pytest.raises(ValueError, match=rf"holds token id {worst} \(token 2 of the file\), outside 0..256"):
+        file.check_ids(257)
+    if worst > 0:
+        file.check_ids(65536)

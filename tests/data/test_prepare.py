@@ -4,11 +4,6 @@ from __future__ import annotations
 
 import gzip
 import json
-import signal
-import subprocess
-import sys
-import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,30 +11,13 @@ from typing import Any
 import numpy as np
 import pytest
 
+from corpora import BYTES, jsonl, made, names, texts
 from roost import WorldTokenizer
 from roost.cli import main
-from roost.data import prepare as module
-from roost.data import shards, workers
+from roost.data import shards
 from roost.data.binidx import TokenFile
 from roost.data.prepare import Progress, prepare
 from roost.data.sources import Manifest, Source
-
-BYTES = WorldTokenizer.byte_level()
-
-
-def jsonl(*texts: str) -> str:
-    return "".join(json.dumps({"text": text}) + "\n" for text in texts)
-
-
-def texts(prefix: Path) -> list[bytes]:
-    """The documents of a token file of bytes."""
-    file = TokenFile(prefix)
-    assert all(file.documents(i)[-1] == 0 for i in range(file.count))
-    return [BYTES.decode_bytes(file.documents(i)) for i in range(file.count)]
-
-
-def names(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir())
 
 
 def test_files_and_lines_become_documents(tmp_path: Path) -> None:
@@ -127,17 +105,6 @@ def test_any_cut_writes_the_same(tmp_path: Path, mixed: tuple[Manifest, list[byt
         assert (tmp_path / f"{name}.idx").read_bytes() == (tmp_path / "a.idx").read_bytes()
 
 
-def made(tmp_path: Path, *sources: dict[str, Any], **options: Any) -> Manifest:
-    """Sources s0, s1, ... of ten documents each: "0a", "0b", ... in the first."""
-    for i in range(len(sources)):
-        path, text = tmp_path / f"s{i}.jsonl", jsonl(*(f"{i}{letter}" for letter in "abcdefghij"))
-        if not path.exists() or path.read_text() != text:
-            path.write_text(text)
-    return Manifest(
-        tuple(Source(f"s{i}", (str(tmp_path / f"s{i}.jsonl"),), **more) for i, more in enumerate(sources)), **options
-    )
-
-
 @pytest.mark.parametrize("shard_bytes", [20, 1 << 25])
 def test_weights_and_budgets(tmp_path: Path, shard_bytes: int) -> None:
     manifest = made(tmp_path, {"weight": 2.5}, {"weight": 0.3}, {"budget": 10}, {"weight": 2, "budget": 33})
@@ -184,61 +151,6 @@ def test_normal_form_on_request(tmp_path: Path) -> None:
     (tmp_path / "x.txt").write_bytes(b"e\xcc\x81\r\n\r\n\r\n\r\nx  ")
     prepare(Manifest((Source("x", (str(tmp_path / "x.txt"),), normalise=True),)), tmp_path / "out", BYTES)
     assert texts(tmp_path / "out") == ["é\n\nx\n".encode()]
-
-
-KILLED = """
-import sys
-from pathlib import Path
-from roost import WorldTokenizer
-from roost.data.prepare import prepare
-folder = Path(sys.argv[1])
-print("ready", flush=True)
-prepare([folder / "x.jsonl"], folder / "out", WorldTokenizer.byte_level(), workers=2, shard_bytes=100_000)
-"""
-
-
-def test_a_killed_run_goes_on_where_it_was(tmp_path: Path) -> None:
-    """SIGKILL while shards are made: nothing half-written is visible, finished shards are kept."""
-    (tmp_path / "x.jsonl").write_text(jsonl(*(f"document {i} " * 400 for i in range(2500))))
-    prepare([tmp_path / "x.jsonl"], tmp_path / "wanted", BYTES)
-    run = subprocess.Popen([sys.executable, "-c", KILLED, str(tmp_path)], stdout=subprocess.PIPE)
-    assert run.stdout and run.stdout.readline() == b"ready\n"
-    parts = tmp_path / "out.parts"
-    while not list(parts.glob("*.npz")) and run.poll() is None:
-        time.sleep(0.002)
-    run.send_signal(signal.SIGKILL)
-    run.wait()
-    run.stdout.close()
-    assert run.returncode == -signal.SIGKILL and not list(tmp_path.glob("out.*n"))
-    finished = {path: path.stat().st_mtime_ns for path in parts.glob("*.npz")}
-    assert finished
-    told: list[Progress] = []
-
-    def check(now: Progress) -> None:
-        told.append(now)
-        if now.done < now.total:
-            assert all(path.stat().st_mtime_ns == changed for path, changed in finished.items())
-
-    prepare([tmp_path / "x.jsonl"], tmp_path / "out", BYTES, shard_bytes=100_000, progress=check)
-    assert 0 < told[0].done < told[0].total == told[-1].done
-    for ending in ("bin", "idx"):
-        assert (tmp_path / f"out.{ending}").read_bytes() == (tmp_path / f"wanted.{ending}").read_bytes()
-    assert not parts.exists()
-
-
-def test_a_shard_that_a_crash_cut_short_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def stop(*_: Any) -> None:
-        raise KeyboardInterrupt
-
-    manifest = made(tmp_path, {}, {})
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(module, "_write", stop)
-        prepare(manifest, tmp_path / "out", BYTES)
-    first, second = sorted((tmp_path / "out.parts").glob("*.npz"))
-    first.write_bytes(first.read_bytes()[:100])
-    second.with_suffix(".bin").write_bytes(b"")
-    prepare(manifest, tmp_path / "out", BYTES)
-    assert len(texts(tmp_path / "out")) == 20
 
 
 def test_progress_has_speed_and_time_left(tmp_path: Path) -> None:
@@ -289,32 +201,6 @@ def test_files_that_change_during_a_run(
     with pytest.raises(ValueError, match=message):
         prepare(manifest, tmp_path / "out", BYTES)
     assert not (tmp_path / "out.bin").exists() and not (tmp_path / "out.idx").exists()
-
-
-@pytest.mark.parametrize("threads", [0, 4])
-def test_a_worker_makes_shards_and_its_error_is_that_of_the_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, threads: int
-) -> None:
-    """A worker process, and a thread."""
-    before = threading.active_count()
-
-    def first_only(unit: shards.Unit, *rest: Any) -> None:
-        """The first thread makes one shard and leaves the others to the worker."""
-        shards.make(unit, *rest)
-        while threading.current_thread() is threading.main_thread() and threading.active_count() > before:
-            time.sleep(0.01)
-
-    manifest = made(tmp_path, {}, {}, {})
-    (tmp_path / "s2.jsonl").write_text("{\n")
-    with monkeypatch.context() as patch, pytest.raises(ValueError, match=r"s2.jsonl, line 1"):
-        patch.setattr(workers, "WORTH_A_PROCESS", 0)
-        patch.setattr(workers, "MOST_THREADS", threads)
-        patch.setattr(workers, "make", first_only)
-        prepare(manifest, tmp_path / "out", BYTES, workers=2, shard_bytes=40)
-    assert len(list((tmp_path / "out.parts").glob("*.npz"))) == 8  # four of s0 and four of s1
-    prepare(made(tmp_path, {}, {}, {}), tmp_path / "out", BYTES, shard_bytes=40)
-    prepare(made(tmp_path, {}, {}, {}), tmp_path / "wanted", BYTES)
-    assert texts(tmp_path / "out") == texts(tmp_path / "wanted")
 
 
 @pytest.mark.parametrize(

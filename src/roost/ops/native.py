@@ -1,7 +1,7 @@
 """WKV in the native library (src/native/wkv*): CPU tensors, fp32 or bf16, heads of 32, 64 or 128 channels.
 
 Four tokens share one sweep over the state, their decays meet in the dyadic tree of chunked.py, and one thread computes
-one head of one row, or in a forward pass with fewer heads than threads some of its value columns, which are independent:
+one head of one row, or some of its value columns (forward, with fewer heads than threads; the columns are independent):
 neither the number of threads nor the other rows can change a bit of a result. The forward pass keeps the state before
 every 64 tokens (except the first) for the backward pass.
 

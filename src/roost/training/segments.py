@@ -78,6 +78,21 @@ class _Run:
         return sums, after[0]
 
 
+class _Kept:
+    """Copies of states, in memory set aside for all of them: left among activations, each would split the heap."""
+
+    def __init__(self, room: int) -> None:
+        self.room, self.used = room, 0
+        self.places: list[Tensor] = []
+
+    def add(self, state: State) -> State:
+        if not self.places:
+            self.places = [tensor.new_empty(self.room, *tensor.shape) for tensor in _tensors(state)]
+        copies = [place[self.used].copy_(x) for place, x in zip(self.places, _tensors(state), strict=True)]
+        self.used += 1
+        return state._replace(layers=tuple(LayerState(*copies[i : i + 3]) for i in range(0, len(copies), 3)))
+
+
 class _Segments(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, anchor: Tensor, run: _Run) -> tuple[Tensor, Tensor]:
@@ -86,9 +101,10 @@ class _Segments(torch.autograd.Function):
         ctx.run, ctx.cast, ctx.borders, ctx.draws = run, cast, [], []
         loss = entropy = torch.zeros((), device=anchor.device)
         state: State | None = None
+        kept = _Kept(len(run.parts))
         with torch.autocast(kind, **cast, cache_enabled=False):  # weights cast without a graph must not be kept
             for index, (_, continues) in enumerate(run.parts):
-                before = state if continues else None
+                before = kept.add(state) if continues and state else None
                 ctx.borders.append(before)
                 ctx.draws.append((torch.get_rng_state(), get_device_states(anchor)))
                 sums, state = run.read(index, before)
@@ -100,7 +116,7 @@ class _Segments(torch.autograd.Function):
     def backward(ctx: Any, d_loss: Tensor, _: Tensor) -> tuple[None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         run, kind = ctx.run, d_loss.device.type
         sent: list[Tensor] | None = None
-        while ctx.borders:  # a border is let go as soon as it is used
+        while ctx.borders:
             before = _leaves(ctx.borders.pop())
             index, draw = len(ctx.borders), ctx.draws.pop()
             with torch.enable_grad(), _drawn_again(kind, *draw), torch.autocast(kind, **ctx.cast):
