@@ -1,10 +1,13 @@
 """Claim: a Finch L6 D256 over bytes learns along the stored curve: ten losses, in nats per token.
 
 The corpus ships in the package: the Universal Declaration of Human Rights in 102 languages, one document a language,
-byte b as id b + 1. Each of the ten numbers is the mean training loss over a tenth of the run. `short` is what the tests
-run (tests/training/golden/short.json): twenty steps, in which fp32 and fp64 differ by 3e-5 and initial matrices
-made with another number of threads (their QR rounds differently) make 5e-4, within 0.003. `long` (benchmarks/golden/long.json),
-within 0.01, shows what only many steps show. The rest is TrainConfig's default.
+byte b as id b + 1. Each of the ten numbers is the mean training loss over a tenth of the run.
+
+    short  20 steps, run by the tests (tests/training/golden/short.json), within 0.003: fp32 and fp64 differ by 3e-5,
+           initial matrices made with another number of threads (their QR rounds differently) by 5e-4
+    long   400 steps (benchmarks/golden/long.json), within 0.01: what only many steps show
+
+Everything else is TrainConfig's default.
 
     python benchmarks/golden.py [long|short] [--out FILE] [--threads N] [--store FILE]
 
