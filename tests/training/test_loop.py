@@ -198,8 +198,12 @@ def test_another_model_is_refused_at_a_resume(tmp_path: Path, corpus: Path) -> N
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_ends_the_step_and_saves(tmp_path: Path, corpus: Path, signum: int) -> None:
+def test_a_signal_ends_the_step_and_saves(
+    tmp_path: Path, corpus: Path, signum: int, request: pytest.FixtureRequest
+) -> None:
     """The step in which it comes is finished and saved; the resumed run equals one that was left alone."""
+    before = signal.signal(signum, signal.default_int_handler)  # programs that a shell starts with & ignore SIGINT
+    request.addfinalizer(lambda: signal.signal(signum, before))
     handlers = [signal.getsignal(one) for one in (signal.SIGINT, signal.SIGTERM)]
 
     def interrupting(model: RWKV, batch: Batch) -> Sums:
