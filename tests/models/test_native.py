@@ -7,6 +7,7 @@ from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import numpy as np
 import pytest
@@ -276,12 +277,28 @@ def test_nothing_to_read_gives_the_same_state_back() -> None:
     assert model(torch.zeros(0, 5, dtype=torch.long))[0].shape == (0, 5, 257)
 
 
+def test_a_view_that_promises_a_minus_is_read_with_it() -> None:
+    model, x = build("finch-tiny", "int8"), torch.randn(1, 3, 64, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(model(embeddings=torch._neg_view(x))[0], model(embeddings=-x)[0])
+
+
+def elsewhere(model: NativeModel, **to: Any) -> State:
+    """A state of which a part of the last layer is on another device or of another type."""
+    *rest, last = model.initial_state().layers
+    last = last._replace(**{name: getattr(last, name).to(place) for name, place in to.items()})
+    return model.initial_state()._replace(layers=(*rest, last))
+
+
 BAD = {
     "ids out of range": lambda m: m(torch.tensor([[257]])),
     "floats": lambda m: m(torch.zeros(1, 2)),
     "nothing": lambda m: m(),
     "both": lambda m: m(torch.zeros(1, 1).long(), embeddings=torch.zeros(1, 1, 64)),
     "narrow embeddings": lambda m: m(embeddings=torch.zeros(1, 1, 63)),
+    "embeddings elsewhere": lambda m: m(embeddings=torch.zeros(1, 1, 64, device="meta")),
+    "a state elsewhere": lambda m: m(torch.zeros(1, 1).long(), elsewhere(m, wkv="meta")),
+    "a shift elsewhere": lambda m: m(torch.zeros(1, 1).long(), elsewhere(m, ffn_shift="meta")),
+    "a state in fp64": lambda m: m(torch.zeros(1, 1).long(), elsewhere(m, wkv=torch.float64)),
     "state of other rows": lambda m: m(torch.zeros(2, 1).long(), m.initial_state(1)),
     "last of nothing": lambda m: m(torch.zeros(1, 0).long(), last_only=True),
     "offsets that fall": lambda m: m(torch.zeros(1, 3).long(), cu_seqlens=[0, 2, 1, 3]),

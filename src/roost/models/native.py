@@ -46,7 +46,10 @@ class PackedTensor:
 
 
 def _plain(x: Tensor) -> Tensor:
-    return x if x.dtype is torch.float32 and x.is_contiguous() else x.detach().float().contiguous()
+    """`x` as its memory is: fp32, contiguous, no view that only promises to be negated."""
+    if x.dtype is torch.float32 and x.is_contiguous() and not x.is_neg():
+        return x
+    return x.detach().resolve_neg().float().contiguous()
 
 
 @dataclass(eq=False)
@@ -205,7 +208,7 @@ class NativeModel(native.Held):
             state = self.initial_state(len(lengths))
         check_state(state, len(lengths), self.config, self.fingerprint, self.dtype, self.device)
 
-        given = (given.detach().float() if tokens is None else given.to(torch.int32)).contiguous()
+        given = _plain(given) if tokens is None else given.resolve_neg().to(torch.int32).contiguous()
         B, T = given.shape[:2]
         shape = (B, T) if not last_only else (B, 1) if documents is None else (1, len(lengths))
         logits = self._memory.empty(*shape, self.config.vocab_size)

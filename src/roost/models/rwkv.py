@@ -190,6 +190,10 @@ def check_input(tokens: Tensor | None, embeddings: Tensor | None, config: ModelC
         assert embeddings is not None
         if embeddings.dim() != 3 or embeddings.shape[-1] != config.n_embd:
             raise ValueError(f"embeddings are {tuple(embeddings.shape)}; they must be (B, T, {config.n_embd})")
+        if embeddings.device != device or not embeddings.is_floating_point():
+            raise ValueError(
+                f"embeddings are {embeddings.dtype} on {embeddings.device}; they must be floats on {device}"
+            )
         return embeddings
     instance("tokens", tokens, Tensor, "write torch.tensor([ids]), of shape (B, T)")
     if tokens.dim() != 2 or tokens.is_floating_point() or tokens.dtype == torch.bool:
@@ -239,9 +243,12 @@ def check_state(
     if len(state.layers) != c.n_layer or not fits:
         raise ValueError("this state does not fit the model: its layers have other sizes")
     wanted = torch.float64 if dtype == torch.float64 else torch.float32
-    found = state.layers[0].wkv
-    if found.dtype != wanted or found.device != device:
-        raise ValueError(f"the state is {found.dtype} on {found.device}; this model needs {wanted} on {device}")
+    for layer in state.layers:
+        found = layer.wkv
+        shifts = all(part.device == device and part.is_floating_point() for part in (layer.att_shift, layer.ffn_shift))
+        if found.dtype != wanted or found.device != device or not shifts:
+            where = ", ".join(sorted({f"{part.dtype} on {part.device}" for part in layer}))
+            raise ValueError(f"the state is {where}; this model needs {wanted} on {device}")
 
 
 def check_storable(config: ModelConfig) -> None:
