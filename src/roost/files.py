@@ -43,9 +43,11 @@ def replacing(path: str | os.PathLike[str]) -> Generator[Path, None, None]:
             os.fsync(written.fileno())
         temporary.chmod(stat.S_IMODE(mode))
         temporary.replace(target)
-    except BaseException:
+    except BaseException as error:
         with suppress(FileNotFoundError):
             temporary.unlink()
+        if isinstance(error, OSError) and error.filename is None:  # a full disk does not say which file
+            error.filename = os.fspath(path)
         raise
     with suppress(OSError):  # the rename itself, where directories can be synced
         directory = os.open(target.parent, os.O_RDONLY)

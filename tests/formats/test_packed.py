@@ -203,8 +203,17 @@ def test_a_full_disk_keeps_the_old_file(tmp_path: Path, limit: int) -> None:
     target = tmp_path / "m.roost"
     target.write_bytes(b"the old file")
     done = other_process(FULL, target, Path(__file__).parents[1], limit)
-    assert done.returncode == 1 and "OSError" in done.stderr, done.stderr
+    assert done.returncode == 1 and "OSError" in done.stderr and str(target) in done.stderr, done.stderr
     assert target.read_bytes() == b"the old file" and list(tmp_path.iterdir()) == [target]
+
+
+def test_what_a_killed_process_left_is_removed(tmp_path: Path) -> None:
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    (tmp_path / f".roost-{dead.pid}-0.tmp").write_bytes(b"half a file")
+    (tmp_path / f".roost-{os.getpid()}-0.tmp").write_bytes(b"of one that lives")
+    write(tmp_path / "m.roost")
+    assert {one.name for one in tmp_path.iterdir()} == {"m.roost", f".roost-{os.getpid()}-0.tmp"}
 
 
 def test_two_processes_share_a_file_that_is_replaced(tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ from torch import Tensor
 from roost import native
 from roost.checks import choice, instance
 from roost.config import ModelConfig, check_config
-from roost.files import replacing
+from roost.files import clear_abandoned, replacing
 from roost.formats import storage
 from roost.formats.panels import checksum, file_checksums, pack_matrix
 from roost.formats.slots import Slot, WeightsFormat, skeleton, slots
@@ -113,6 +113,7 @@ def pack(
         )
     plan = slots(config, weights_format)
     entries: list[dict[str, Any]] = []
+    clear_abandoned(Path(path).parent)
     with replacing(path) as temporary, temporary.open("wb") as file:
         for slot in plan:
             kind, data = _packed(slot, slot.values(weights), threads)
