@@ -46,7 +46,7 @@ def replacing(path: str | os.PathLike[str]) -> Generator[Path, None, None]:
     except BaseException as error:
         with suppress(FileNotFoundError):
             temporary.unlink()
-        if isinstance(error, OSError) and error.filename is None:  # a full disk does not say which file
+        if isinstance(error, OSError) and error.errno and error.filename is None:  # as of a full disk
             error.filename = os.fspath(path)
         raise
     with suppress(OSError):  # the rename itself, where directories can be synced
