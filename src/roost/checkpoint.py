@@ -237,7 +237,7 @@ def convert(
     if to == "finch" or (form == "gguf" and config.generation == "eagle"):
         config, weights = upcycle(config, weights)
     if form == "packed":
-        kind, identity = weights_format or packed.format_of(path), packed.source_of(found)
+        kind, identity = packed.format_of(path, weights_format), packed.source_of(found)
         return packed.pack(weights, config, path, weights_format=kind, source=identity, threads=threads)
     if not isinstance(dtype, str) and dtype is not None and form != "gguf":
         weights = {
@@ -283,8 +283,8 @@ def _form(path: Path, dtype: object, weights_format: str | None) -> str:
         raise ValueError(f"cannot write {dtype} to {path}: only .gguf files hold it")
     if weights_format is not None and form != "packed":
         raise ValueError(f"weights_format is {weights_format!r}, but {path} does not end in {packed.ENDING}")
-    if form == "packed" and weights_format is None:
-        packed.format_of(path)
+    if form == "packed":
+        packed.format_of(path, weights_format)
     return form or "directory"
 
 

@@ -177,6 +177,9 @@ PRESETS = Presets(
         "finch-7b": ModelConfig("finch", 32, 4096),
         "finch-14b": ModelConfig("finch", 61, 4096),
         "nestling": ModelConfig("finch", 4, 256, vocab_size=257),
+        "nestling-eagle": ModelConfig("eagle", 4, 256, vocab_size=257, dim_ffn=1120),
+        "nestling-dove": ModelConfig("dove", 4, 256, vocab_size=257, dim_ffn=1248),
     }
 )
-"""Every size of the paper, 0.1b of each generation, the RWKV-4 sizes, tiny twins for tests, and what ships."""
+"""Every size of the paper, 0.1b of each generation, the RWKV-4 sizes, tiny twins for tests, and what ships, with its
+older twins: channel mixing is wider in nestling-eagle and nestling-dove, so that all have 4.01 million parameters."""

@@ -1,4 +1,4 @@
-"""Writing files so that a crash, a full disk or Ctrl-C never costs the old one.
+"""Writing files so that a crash, a full disk or Ctrl-C never costs the old one; reading TOML with one-line errors.
 
 Owns: the rule "temporary name in the same directory, sync, rename", and one kind of error for a disk that will not.
 Refuses to know: what the bytes mean.
@@ -9,9 +9,16 @@ from __future__ import annotations
 import os
 import secrets
 import stat
+import sys
 from collections.abc import Generator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
 
 _PREFIX, _SUFFIX = ".roost-", ".tmp"  # temporary files: prefix, process, random, suffix
 
@@ -78,3 +85,14 @@ def disk_errors(path: str | os.PathLike[str]) -> Generator[None, None, None]:
         yield
     except (RuntimeError, SafetensorError) as error:
         raise OSError(f"could not write {path}: {error}") from error
+
+
+def read_toml(path: str | os.PathLike[str], what: str) -> dict[str, Any]:
+    """The tables of a file that is a `what`. Raises ValueError for a missing file, for bad TOML and for a directory."""
+    try:
+        with Path(path).open("rb") as file:
+            return tomllib.load(file)
+    except FileNotFoundError:
+        raise ValueError(f"no {what} at {path}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, IsADirectoryError) as error:
+        raise ValueError(f"{path} is not a {what}: {error}") from error

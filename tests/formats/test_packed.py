@@ -135,6 +135,7 @@ def test_refused(tmp_path: Path) -> None:
         (lambda: pack(tiny_model("dove-tiny").state_dict(), PRESETS["dove-tiny"], path, weights_format="int8"), "Dove"),
         (lambda: open_packed(tmp_path / "none.roost"), "no such file"),
         (lambda: open_packed(tmp_path), "is a directory"),
+        (lambda: format_of("m.int8.roost", "int4"), "name of int8 weights, and int4 are asked"),
         (lambda: format_of("model.roost"), r"model.int8.roost\) or with --weights"),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=message):

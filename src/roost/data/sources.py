@@ -19,7 +19,6 @@ Refuses to know: what is inside the files.
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from math import isfinite
@@ -27,11 +26,7 @@ from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
 from roost.checks import choice, nearest, whole
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
+from roost.files import read_toml
 
 BadLines = Literal["fail", "skip"]
 """What a line that holds no document does: it ends the run, or it is counted and left out."""
@@ -125,13 +120,7 @@ def named_after(paths: Sequence[str | os.PathLike[str]], **options: Any) -> tupl
 
 def read_manifest(path: str | os.PathLike[str]) -> Manifest:
     """Read a manifest. Raises ValueError for a missing file, bad TOML, an unknown key (naming the nearest) or value."""
-    try:
-        with Path(path).open("rb") as file:
-            given: dict[str, Any] = tomllib.load(file)
-    except FileNotFoundError:
-        raise ValueError(f"no manifest at {path}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, IsADirectoryError) as error:
-        raise ValueError(f"{path} is not a manifest: {error}") from error
+    given = read_toml(path, "manifest")
     tables = given.pop("source", [])
     if not isinstance(tables, list) or not all(isinstance(table, dict) for table in cast("list[Any]", tables)):
         raise ValueError(f"{path}: sources are written as [[source]] tables")

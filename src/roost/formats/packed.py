@@ -62,15 +62,22 @@ class Packed:
     source: Source | None
 
 
-def format_of(path: str | os.PathLike[str]) -> WeightsFormat:
-    """The format that a name like `model.int8.roost` asks for. Raises ValueError for a name without one."""
-    kind = Path(path).stem.rpartition(".")[2]
-    if kind not in get_args(WeightsFormat):
+def format_of(path: str | os.PathLike[str], asked: str | None = None) -> WeightsFormat:
+    """The format that is asked for, or that a name like `model.int8.roost` says.
+
+    Raises ValueError for a name without one where none is asked for, and for a name that says another.
+    """
+    named = Path(path).stem.rpartition(".")[2]
+    if named not in get_args(WeightsFormat):
+        if asked is not None:
+            return cast(WeightsFormat, asked)
         raise ValueError(
             f"{path}: say which weights, in the name (such as {Path(path).stem}.int8{ENDING}) or with --weights"
             f" (weights_format): {', '.join(get_args(WeightsFormat))}"
         )
-    return cast(WeightsFormat, kind)
+    if asked not in (None, named):
+        raise ValueError(f"{path} is the name of {named} weights, and {asked} are asked for: choose one of them")
+    return cast(WeightsFormat, named)
 
 
 def source_of(path: str | os.PathLike[str]) -> Source:

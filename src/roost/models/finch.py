@@ -32,6 +32,7 @@ from roost.models.parts import (
     fill,
     group_norm,
     linear,
+    matmul,
     precise,
     projections,
     ramp,
@@ -77,7 +78,7 @@ class TimeMix(nn.Module):
         previous, last = token_shift(x, last, offsets)
         delta = previous - x
         z = (x + delta * self.time_maa_x).to(x.dtype)  # maa may be finer than x: up-cycled files keep it in fp32
-        low: Tensor = torch.tanh(z @ self.time_maa_w1).unflatten(-1, (5, -1))  # (B, T, 5, Rm)
+        low: Tensor = torch.tanh(matmul(z, self.time_maa_w1)).unflatten(-1, (5, -1))  # (B, T, 5, Rm)
         m = torch.einsum("btir,ird->ibtd", low, self.time_maa_w2)
         lambdas = (self.time_maa_w, self.time_maa_k, self.time_maa_v, self.time_maa_r, self.time_maa_g)
         x_w, x_k, x_v, x_r, x_g = ((x + delta * (lam + m_i)).to(x.dtype) for lam, m_i in zip(lambdas, m, strict=True))
@@ -95,8 +96,8 @@ class TimeMix(nn.Module):
     def log_decay(self, x_w: Tensor) -> Tensor:
         """log w = -exp(d), (B, T, A) <= 0 in fp32; from d = 10 on the decay is exactly 0, so d is bounded."""
         with torch.autocast(x_w.device.type, enabled=False):
-            low = torch.tanh(precise(x_w) @ precise(self.time_decay_w1))
-            d = precise(self.time_decay) + low @ precise(self.time_decay_w2)
+            low = torch.tanh(matmul(precise(x_w), precise(self.time_decay_w1)))
+            d = precise(self.time_decay) + matmul(low, precise(self.time_decay_w2))
         return -torch.exp(d.clamp(max=10.0))
 
     def initialise(self, init: Init, generator: torch.Generator) -> None:

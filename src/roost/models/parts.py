@@ -1,4 +1,4 @@
-"""The few pieces all generations share: the token shift, the per-head norm, and initial values.
+"""The few pieces all generations share: the token shift, products, the per-head norm, and initial values.
 
 Owns: "previous token" across calls, chunks and packed documents; ramps and matrices of RWKV's initialisation.
 Refuses to know: any generation's equations.
@@ -13,6 +13,8 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from roost.ops import product
 
 Init = Literal["current", "legacy", "paper"]
 """RWKV-LM today, RWKV-LM in early 2024, the paper's appendix I taken literally."""
@@ -52,9 +54,22 @@ def group_norm(x: Tensor, norm: nn.GroupNorm) -> Tensor:
     return y * precise(norm.weight) + precise(norm.bias)
 
 
+class Matrix(nn.Linear):
+    """A linear layer without bias, multiplied by the faster of torch's libraries (ops/product.py)."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(..., in) -> (..., out)."""
+        return product.linear(input, self.weight)
+
+
+def matmul(x: Tensor, w: Tensor) -> Tensor:
+    """x (..., in) times w (in, out), multiplied as a `Matrix` is."""
+    return product.linear(x, w.t())
+
+
 def linear(inputs: int, outputs: int, device: torch.device | str | None, dtype: torch.dtype) -> nn.Linear:
     """A bias-free linear layer whose weight is set later."""
-    layer = nn.Linear(inputs, outputs, bias=False, device="meta", dtype=dtype)
+    layer = Matrix(inputs, outputs, bias=False, device="meta", dtype=dtype)
     return layer.to_empty(device=device or torch.get_default_device())
 
 

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from roost.checkpoint import load
+from roost.models.parts import Matrix
 from roost.models.rwkv import RWKV, fingerprint_of
 from roost.training.adapter_config import EVERY_MATRIX, LOW_RANK, AdapterConfig
 from roost.training.adapter_file import AdapterFile, read_adapter, write_adapter
@@ -271,9 +272,9 @@ def _check_shapes(
             raise ValueError(f"{path} does not fit this model: {name} is {list(value.shape)}, the model {place}")
 
 
-def _linear(weight: Tensor) -> nn.Linear:
+def _linear(weight: Tensor) -> Matrix:
     outputs, inputs = weight.shape
-    layer = nn.Linear(inputs, outputs, bias=False, device="meta", dtype=weight.dtype)
+    layer = Matrix(inputs, outputs, bias=False, device="meta", dtype=weight.dtype)
     layer.weight = nn.Parameter(weight)
     return layer
 

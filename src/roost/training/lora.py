@@ -25,6 +25,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from roost.models.parts import precise
+from roost.ops.product import linear
 
 LowRankKind = Literal["lora", "dora", "pissa"]
 Axis = Literal["out", "in"]
@@ -67,13 +68,13 @@ class LowRank(nn.Module):
         delta = self._product(kept, "lora_A", "lora_B")
         if self.form.kind == "pissa":
             delta = delta - self._product(kept, "lora_A0", "lora_B0")
-        y = F.linear(x, self.weight)
+        y = linear(x, self.weight)
         y = y + (delta if self.form.scale == 1 else delta * self.form.scale)
         return y if gain is None or self.form.axis == "in" else (y * gain).to(y.dtype)
 
     def _product(self, x: Tensor, first: str, second: str) -> Tensor:
-        low = F.linear(x, getattr(self, first).to(x.dtype))
-        return F.linear(low, getattr(self, second).to(x.dtype))
+        low = linear(x, getattr(self, first).to(x.dtype))
+        return linear(low, getattr(self, second).to(x.dtype))
 
     def gain(self) -> Tensor:
         """m / ||C||, (out) or (in): exactly 1 before training."""

@@ -20,7 +20,6 @@ Refuses to know: the loop, and how a task or an adapter works.
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from functools import partial
@@ -34,6 +33,7 @@ from roost.config import PRESETS, ModelConfig
 from roost.data.binidx import TokenFile
 from roost.data.loader import PackedLoader, TokenLoader
 from roost.data.order import Order
+from roost.files import read_toml
 from roost.inference.sampling import Sampling
 from roost.inference.stream import stream
 from roost.models.rwkv import RWKV
@@ -48,11 +48,6 @@ from roost.training.segments import segmented_sums
 from roost.training.start import check_start
 from roost.training.task import TaskConfig, open_task
 from roost.training.validation import Held
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 
 @dataclass(frozen=True)
@@ -88,13 +83,7 @@ OWN = {
 
 def read_recipe(path: str | os.PathLike[str], overrides: Mapping[str, Any] | None = None) -> Recipe:
     """Read a recipe file; `overrides` win. Raises ValueError for a missing file, bad TOML, or a wrong key or type."""
-    try:
-        with Path(path).open("rb") as file:
-            given: dict[str, Any] = tomllib.load(file)
-    except FileNotFoundError:
-        raise ValueError(f"no recipe at {path}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, IsADirectoryError) as error:
-        raise ValueError(f"{path} is not a recipe: {error}") from error
+    given = read_toml(path, "recipe")
     given.update(overrides or {})
     parts: dict[type, dict[str, str]] = {
         kind: {field.name: str(field.type) for field in fields(kind)}

@@ -72,6 +72,15 @@ def save(out: Path, position: Position, trained: Trained, settings: Settings, ke
     return path
 
 
+def same_settings(path: Path, stored: Settings, settings: Settings) -> None:
+    """Raise ValueError, naming the first difference, unless a checkpoint was made by a run with the same settings."""
+    for name in sorted({*stored, *settings}):
+        if stored.get(name) != settings.get(name):
+            raise ValueError(
+                f"{path} was trained with {name} = {stored.get(name)}, not {settings.get(name)}: a resume keeps it"
+            )
+
+
 def restore(out: Path, trained: Trained, settings: Settings) -> Position:
     """Load the newest checkpoint of `out`, if any, and return its position (the start without one).
 
@@ -101,11 +110,7 @@ def _load(saved: list[Path], trained: Trained, settings: Settings) -> Position:
     except (RuntimeError, EOFError, KeyError, TypeError, OSError, zipfile.BadZipFile, pickle.UnpicklingError) as error:
         before = f"; the run then goes on from {saved[-2].name}" if len(saved) > 1 else "; the run then starts anew"
         raise ValueError(f"{path} is damaged: delete it{before} ({error})") from error
-    for name in sorted({*stored, *settings}):
-        if stored.get(name) != settings.get(name):
-            raise ValueError(
-                f"{path} was trained with {name} = {stored.get(name)}, not {settings.get(name)}: a resume keeps it"
-            )
+    same_settings(path, stored, settings)
     parameters = trained.parameters()
     if {name: value.shape for name, value in weights.items()} != {n: p.shape for n, p in parameters.items()}:
         odd = sorted(weights.keys() ^ parameters.keys()) or ["a shape"]

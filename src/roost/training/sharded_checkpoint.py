@@ -22,7 +22,7 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from roost.files import replacing
-from roost.training.resume import Position, Settings, Trained, checkpoints
+from roost.training.resume import Position, Settings, Trained, checkpoints, same_settings
 
 OnMain = Callable[[Callable[[], Path]], Path]
 """Calls a function on the main rank and returns its answer, or raises its OSError, on every rank."""
@@ -82,11 +82,7 @@ def restore_sharded(out: Path, trained: Trained, settings: Settings) -> Position
         names = FileSystemReader(path).read_metadata().state_dict_metadata.keys()
     except (OSError, ValueError, KeyError, TypeError, EOFError) as error:
         raise ValueError(f"{path} is damaged: delete it, and the run goes on from the one before ({error})") from error
-    for name in sorted({*stored, *settings}):
-        if stored.get(name) != settings.get(name):
-            raise ValueError(
-                f"{path} was trained with {name} = {stored.get(name)}, not {settings.get(name)}: a resume keeps it"
-            )
+    same_settings(path, stored, settings)
     parameters = trained.parameters()
     odd = sorted({f"model.{name}" for name in parameters} ^ {name for name in names if name.startswith("model.")})
     if odd:

@@ -1,0 +1,70 @@
+"""Products with a matrix of weights, x W^T, where torch's own are slow: fp32 on an x86 CPU.
+
+torch gives them to MKL, which on CPUs that are not Intel's leaves half of the vector width unused; oneDNN, which torch
+brings along and uses for bf16, does not (measured: docs/measurements.md). Everything else is torch's own product.
+
+Owns: which library multiplies, and the gradients of its product.
+Refuses to know: modules, models, the meaning of the matrices.
+"""
+
+from __future__ import annotations
+
+import platform
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+FEW = 16
+"""Rows of x below which torch's own product is as fast: decoding."""
+
+_ONEDNN = platform.machine().lower() in ("x86_64", "amd64") and torch.backends.mkldnn.is_available()
+
+
+def linear(x: Tensor, weight: Tensor) -> Tensor:
+    """x (..., in) and weight (out, in) -> (..., out): `torch.nn.functional.linear` to fp32 rounding."""
+    if (
+        not _ONEDNN
+        or not (x.dtype == weight.dtype == torch.float32)
+        or not (x.device.type == weight.device.type == "cpu")
+        or x.numel() < FEW * x.shape[-1]
+        or torch.is_autocast_enabled("cpu")
+        or torch.compiler.is_compiling()
+        or not torch.backends.mkldnn.enabled
+    ):
+        return F.linear(x, weight)
+    return _Linear.apply(x, weight)
+
+
+class _Linear(torch.autograd.Function):
+    """y = x W^T; dL/dx = dL/dy W; dL/dW = (dL/dy)^T x, with the smaller side of W as rows, where oneDNN is faster."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return _product(x.flatten(0, -2), weight.t()).unflatten(0, x.shape[:-1])
+
+    @staticmethod
+    @once_differentiable
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]  (what the decorator returns)
+        ctx: Any, *grad_outputs: Any
+    ) -> tuple[Tensor | None, Tensor | None]:
+        x, weight = ctx.saved_tensors
+        rows, columns = grad_outputs[0].flatten(0, -2), x.flatten(0, -2)
+        dx = _product(rows, weight).view_as(x) if ctx.needs_input_grad[0] else None
+        if not ctx.needs_input_grad[1]:
+            return dx, None
+        narrow = len(weight) <= weight.shape[1]
+        return dx, _product(rows.t(), columns) if narrow else _product(columns.t(), rows).t()
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """a (m, k) times b (k, n) by oneDNN."""
+    return torch.ops.mkldnn._linear_pointwise(_dense(a), _dense(b.t()), None, "none", [], "")
+
+
+def _dense(x: Tensor) -> Tensor:
+    """A matrix without gaps between its rows or columns: with gaps oneDNN can take a thousand times longer."""
+    return x if x.is_contiguous() or x.t().is_contiguous() else x.contiguous()
