@@ -22,7 +22,7 @@ LAYERS = [
     {"training"},
     {"", "cli", "__main__"},
 ]  # "" is the public face, roost/__init__.py
-OPTIONAL = {"huggingface_hub", "transformers", "rich", "matplotlib", "triton", "pyarrow", "zstandard"}
+OPTIONAL = {"huggingface_hub", "transformers", "rich", "matplotlib", "triton", "pyarrow", "zstandard", "orjson"}
 
 TREES = {
     ".".join(path.relative_to(ROOT / "src").with_suffix("").parts).removesuffix(".__init__"): ast.parse(

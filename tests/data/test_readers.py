@@ -33,6 +33,29 @@ def test_lines_plain_and_compressed(tmp_path: Path) -> None:
         assert [*pieces(tmp_path / name, "text")][-1].position == len(data)
 
 
+@pytest.mark.parametrize("parser", ["orjson", "json"])
+def test_the_same_with_and_without_orjson(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, parser: str) -> None:
+    if parser == "json":
+        monkeypatch.setitem(sys.modules, "orjson", None)
+    else:
+        pytest.importorskip("orjson")
+    lines = {
+        rb'{"text": "a", "text": "b"}': b"b",
+        rb'{"n": NaN, "text": "x\ud83d\ude00y"}': "x\U0001f600y".encode(),
+        b'\xef\xbb\xbf{"text": "after a mark"}': b"after a mark",
+        b'{"text": "' + b"[" * 5000 + b'"}': b"[" * 5000,
+        rb'{"text": "\ud83d"}': None,
+        b'{"text": "\xff"}': None,
+        b'{"text": 1}': None,
+        b'["text"]': None,
+        b"": None,
+    }
+    (tmp_path / "a.jsonl").write_bytes(b"".join(line + b"\n" for line in lines))
+    found = read(tmp_path / "a.jsonl")
+    assert [None if isinstance(one, Bad) else one for one in found] == [*lines.values()]
+    assert [one.line for one in found if isinstance(one, Bad)] == [5, 6, 7, 8, 9]
+
+
 @pytest.mark.parametrize("size", [1, 5, 17, 100, 10_000])
 def test_the_parts_of_a_file_are_the_file(tmp_path: Path, size: int) -> None:
     (tmp_path / "a.jsonl").write_bytes(LINES + b"{\n")
