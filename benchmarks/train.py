@@ -2,7 +2,8 @@
 
     wkv     forward and backward of Finch L4 D256, vocabulary 256, T = 512, B = 8: the native WKV against the same model
             on the recurrence in torch with autograd (>= 8x, goal 10x; fp32) and on the chunked torch WKV in
-            circulation (>= 1.7x fp32, >= 2x bf16); with blocks compiled besides
+            circulation (>= 1.7x fp32, >= 2x bf16), with our products of matrices and with torch's, which is what
+            others run; with blocks compiled besides
     gpt     Finch and Eagle against a GPT of the same size (SDPA, same optimiser and vocabulary), T = 512 (>= 0.9x) and
             T = 4096 (>= 1.5x), fp32 and bf16: forward and backward, and the whole step with clipping and AdamW
     share   how much of a step is WKV (<= 25 %)
@@ -17,7 +18,6 @@ bf16 is autocast over fp32 weights, as in the trainer.
 from __future__ import annotations
 
 import argparse
-import os
 import subprocess
 import sys
 from collections.abc import Callable, Generator
@@ -35,9 +35,10 @@ from torch import Tensor, nn
 from roost.config import PRESETS, ModelConfig
 from roost.data.batch import Batch
 from roost.models.rwkv import RWKV
-from roost.ops import wkv_around, wkv_backend
+from roost.ops import product, wkv_around, wkv_backend
 from roost.training.blocks import prepared
 from roost.training.config import TrainConfig
+from roost.training.heap import keep_freed_memory
 from roost.training.loss import next_token_sums
 from roost.training.metrics import flops_per_token, measured_peak, memory
 from roost.training.optim import optimiser
@@ -95,14 +96,20 @@ def shaken(config: ModelConfig, device: str) -> RWKV:
 
 @contextmanager
 def recurrence(name: str) -> Generator[None, None, None]:
-    """Every WKV call inside by this variant: a backend of ours, "clamped 16" (fp32) or "clamped 128" (fp64 factors)."""
-    if name.startswith("clamped"):
-        chunk = int(name.split()[1])
-        with wkv_around(partial(clamped_wkv, chunk=chunk, exact=chunk > 24)):
-            yield
-    else:
-        with wkv_backend(name):
-            yield
+    """Every WKV call inside by this variant: a backend of ours, "clamped 16" (fp32) or "clamped 128" (fp64 factors);
+    with ", torch's products" after it, also every product with a matrix by torch, as in other trainers."""
+    name, _, products = name.partition(", ")
+    ours, product.ONEDNN = product.ONEDNN, product.ONEDNN and not products
+    try:
+        if name.startswith("clamped"):
+            chunk = int(name.split()[1])
+            with wkv_around(partial(clamped_wkv, chunk=chunk, exact=chunk > 24)):
+                yield
+        else:
+            with wkv_backend(name):
+                yield
+    finally:
+        product.ONEDNN = ours
 
 
 def speeds(times: dict[str, dict[str, float]], tokens: int) -> dict[str, Any]:
@@ -128,7 +135,9 @@ def measure_wkv(B: int, T: int, rounds: int, device: str) -> list[dict[str, Any]
     for precision, bound in (("fp32", 1e-4), ("bf16", 5e-2)):
         trainee = Trainee(shaken(config, device), batch(config, B, T, device), precision)
         ours = "native" if device == "cpu" else "chunked"
-        variants = [ours, "clamped 16", f"clamped {min(T, 128)}", "reference"]
+        others = ["clamped 16", f"clamped {min(T, 128)}"]
+        plain = [f"{name}, torch's products" for name in (*others, "reference")]
+        variants = [ours, *others, "reference"]
         apart = differences(Trainee(trainee.model, batch(config, 1, min(T, 128), device), precision), variants)
         if not max(apart.values()) < bound:
             raise SystemExit(f"{precision}: the gradients differ: {apart}; there is nothing to time")
@@ -138,18 +147,22 @@ def measure_wkv(B: int, T: int, rounds: int, device: str) -> list[dict[str, Any]
                 trainee.forward_backward()
 
         compiled = Trainee(shaken(config, device), trainee.batch, precision)
-        calls: dict[str, Callable[[], object]] = {name: partial(run, name) for name in variants[:3]}
+        calls: dict[str, Callable[[], object]] = {name: partial(run, name) for name in (ours, *others, *plain[:2])}
         with prepared(compiled.model, replace(CONFIG, compile=True)):  # pyright: ignore[reportArgumentType]
             calls = {**calls, f"{ours}, blocks compiled": compiled.forward_backward}
             fast = alternate(calls, rounds=rounds, sync=waiter(device))
-        slow = alternate({n: partial(run, n) for n in (ours, "reference")}, rounds=min(rounds, 3), sync=waiter(device))
-        rival = min(fast[name]["median_s"] for name in variants[1:3])
+        slow = alternate(
+            {n: partial(run, n) for n in (ours, "reference", plain[2])}, rounds=min(rounds, 3), sync=waiter(device)
+        )
+        rival, plainly = (min(fast[name]["median_s"] for name in names) for names in (others, plain[:2]))
         rows.append(
             {
                 "part": "wkv", "precision": precision, "B": B, "T": T, "parameters": config.parameters,
-                **speeds({**fast, "reference": slow["reference"]}, B * T), "gradients_apart": apart,
+                **speeds({**fast, **{n: slow[n] for n in ("reference", plain[2])}}, B * T), "gradients_apart": apart,
                 "over_recurrence": round(slow["reference"]["median_s"] / slow[ours]["median_s"], 2),
+                "over_recurrence_with_torchs_products": round(slow[plain[2]]["median_s"] / slow[ours]["median_s"], 2),
                 "over_chunked_in_circulation": round(rival / fast[ours]["median_s"], 2),
+                "over_chunked_with_torchs_products": round(plainly / fast[ours]["median_s"], 2),
                 "compiled_over_chunked_in_circulation": round(
                     rival / fast[f"{ours}, blocks compiled"]["median_s"], 2
                 ),
@@ -223,6 +236,7 @@ import sys; sys.path.insert(0, {folder!r})
 from pathlib import Path
 import torch, train
 torch.set_num_threads({threads})
+train.keep_freed_memory()
 config = train.ModelConfig({generation!r}, 4, 256, vocab_size=256)
 trainee = train.Trainee(train.shaken(config, "cpu"), train.batch(config, {B}, {T}, "cpu"), {precision!r})
 trainee.step()
@@ -242,10 +256,7 @@ def measure_memory(tokens: int, contexts: tuple[int, ...]) -> list[dict[str, Any
                     folder=sys.path[0], threads=torch.get_num_threads(), generation=generation, B=tokens // T, T=T,
                     precision=precision,
                 )  # fmt: skip
-                # freed tensors go back to the system at once: glibc's leftovers move the peak by 15 % at the same T
-                environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
-                command = [sys.executable, "-c", code]
-                done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
+                done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
                 peaks[T] = int(done.stdout)
             spread = max(peaks.values()) / min(peaks.values()) - 1
             row = {"part": "memory", "model": generation, "precision": precision, "tokens": tokens}
@@ -289,6 +300,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", help="cpu or cuda (there: mfu)")
     o = parser.parse_args()
     torch.set_num_threads(o.threads)
+    keep_freed_memory()  # as `roost train` does
     parts, rounds = o.parts or (PARTS[:4] if o.device == "cpu" else PARTS[4:]), 1 if o.quick else o.rounds
     measures: dict[str, Callable[[], list[dict[str, Any]]]] = {
         "wkv": lambda: measure_wkv(*((1, 32) if o.quick else (8, 512)), rounds, o.device),

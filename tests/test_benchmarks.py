@@ -74,6 +74,20 @@ def test_tokenizer_quick(tmp_path: Path) -> None:
     assert last["construction"]["roost"]["median_s"] > 0
 
 
+def test_train_quick(tmp_path: Path) -> None:
+    out = tmp_path / "train.json"
+    parts = ["wkv", "gpt", "share"]
+    command = [sys.executable, str(FOLDER / "train.py"), *parts, "--quick", "--threads", "1", "--out", str(out)]
+    subprocess.run(command, check=True, cwd=tmp_path)
+    rows = json.loads(out.read_text())["rows"]
+    assert [row["part"] for row in rows] == ["wkv"] * 2 + ["gpt"] * 8 + ["share"] * 4
+    for row in rows[:2]:
+        slow, fast = row["times"]["reference, torch's products"], row["times"]["native"]
+        assert max(row["gradients_apart"].values()) < 5e-2
+        assert row["over_recurrence_with_torchs_products"] > 0 and slow["median_s"] > 0 and fast["median_s"] > 0
+    assert all(0 < row["share"] < 1 for row in rows[10:])
+
+
 @pytest.mark.slow
 def test_long_context_quick(tmp_path: Path) -> None:
     out = tmp_path / "long.json"

@@ -42,12 +42,14 @@ def plot_arguments(parser: argparse.ArgumentParser) -> None:
 def train(args: argparse.Namespace) -> int:
     """Train as a recipe says, or with --plan say what that would take."""
     from roost.training.guards import Interrupted
+    from roost.training.heap import keep_freed_memory
     from roost.training.loop import Progress
     from roost.training.recipe import run_recipe
 
     overrides = _overrides(args.set or ())
     if args.plan:
         return _plan(args.recipe, overrides, args.device)
+    keep_freed_memory()
     last = ""
     with _ranks(args.device, shard=args.shard) as (device, main, reduce), terminal.training() as show:
 

@@ -20,13 +20,14 @@ from torch.autograd.function import once_differentiable
 FEW = 16
 """Rows of x below which torch's own product is as fast: decoding."""
 
-_ONEDNN = platform.machine().lower() in ("x86_64", "amd64") and torch.backends.mkldnn.is_available()
+ONEDNN = platform.machine().lower() in ("x86_64", "amd64") and torch.backends.mkldnn.is_available()
+"""Whether this machine has what `linear` uses in place of torch's product."""
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
     """x (..., in) and weight (out, in) -> (..., out): `torch.nn.functional.linear` to fp32 rounding."""
     if (
-        not _ONEDNN
+        not ONEDNN
         or not (x.dtype == weight.dtype == torch.float32)
         or not (x.device.type == weight.device.type == "cpu")
         or x.numel() < FEW * x.shape[-1]
