@@ -23,6 +23,7 @@ from common import write
 from roost.config import ModelConfig
 from roost.data.batch import Batch
 from roost.models.rwkv import RWKV
+from roost.training.heap import keep_freed_memory
 from roost.training.loss import next_token_sums
 from roost.training.segments import segmented_sums
 
@@ -79,6 +80,7 @@ def main() -> None:
     if sys.argv[1:2] == ["--child"]:
         way, tokens, segment, layers, width, threads = sys.argv[2:]
         torch.set_num_threads(int(threads))
+        keep_freed_memory()  # as `roost train` does
         json.dump(measure(way, int(tokens), int(segment), (int(layers), int(width))), sys.stdout)
         return
     parser = argparse.ArgumentParser(description="memory of long rows in segments and in one piece")

@@ -46,6 +46,10 @@ WRONG: dict[str, tuple[Callable[[RWKV, Path], Any], str]] = {
     "state directory": (lambda m, p: State.load(p), "is a directory; name a state file"),
     "tokens as a list": (lambda m, p: m([[1, 2]]), r"tokens is \[\[1, 2\]\].*write torch.tensor\(\[ids\]\)"),
     "tokens as text": (lambda m, p: m("abc"), "tokens is 'abc'; it must be a Tensor"),
+    "tokens as NumPy has them": (
+        lambda m, p: m(TOKENS.to(torch.uint16)),
+        r"tokens are torch.uint16 \(1, 2\); they must be integers of shape \(B, T\), signed or uint8",
+    ),
     "embeddings": (lambda m, p: m(embeddings="abc"), "embeddings is 'abc'; it must be a Tensor"),
     "state as text": (lambda m, p: m(TOKENS, "state"), "state is 'state'; it must be a State: .*State.load"),
     "operator": (lambda m, p: roost.wkv(None, X, X, X, U), "r is None; it must be a Tensor"),

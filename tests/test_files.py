@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from roost.files import replacing
+from roost.files import locked, replacing
 
 
 @pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()])
@@ -49,6 +49,52 @@ def test_links_permissions_and_long_names(tmp_path: Path) -> None:
 def test_only_files_are_replaced(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(ValueError, match="not a regular file"), replacing(tmp_path / "pipe"):
+        pass
+
+
+def test_a_lock_has_one_holder_at_a_time(tmp_path: Path) -> None:
+    """What a killed holder left is taken over, and nothing stays behind. (Processes: data/test_workers.py.)"""
+    path = tmp_path / ".lock"
+    path.touch()
+    with locked(path, "this"):
+        with pytest.raises(ValueError, match="another run is writing this"), locked(path, "this"):
+            pass
+        assert path.exists()
+    assert not path.exists()
+    with pytest.raises(KeyError), locked(path, "this"):
+        raise KeyError
+    with locked(path, "this"):
+        path.unlink()  # as with a directory that vanishes
+        with locked(path, "this"):
+            pass
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_lock_that_is_let_go_while_it_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The file that was opened is no longer the one that others lock."""
+    import fcntl
+
+    lock = fcntl.flock
+
+    def late(file: object, how: int) -> None:
+        (tmp_path / ".lock").unlink()
+        lock(file, how)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    message = "has just finished writing this: run again"
+    with pytest.raises(ValueError, match=message), locked(tmp_path / ".lock", "this"):
+        pass
+    assert not list(tmp_path.iterdir())
+
+
+def test_no_locks_on_this_file_system(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import fcntl
+
+    def refuse(_file: object, _how: int) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with locked(tmp_path / ".lock", "this"), locked(tmp_path / ".lock", "this"):
         pass
 
 

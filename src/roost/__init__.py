@@ -10,7 +10,7 @@ from pathlib import Path
 try:
     from roost.checkpoint import convert, info
     from roost.config import PRESETS, ModelConfig
-    from roost.data.loader import TokenLoader
+    from roost.data.loader import PackedLoader, TokenLoader
     from roost.evaluation.loss import bits_per_byte
     from roost.inference.sampling import Sampling
     from roost.inference.stream import generate, read, stream
@@ -35,6 +35,7 @@ __all__ = [
     "LayerState",
     "ModelConfig",
     "NativeModel",
+    "PackedLoader",
     "Sampling",
     "State",
     "StreamDecoder",

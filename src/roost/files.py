@@ -1,11 +1,13 @@
-"""Writing files so that a crash, a full disk or Ctrl-C never costs the old one; reading TOML with one-line errors.
+"""Writing files so that a crash, a full disk, Ctrl-C or a second run never costs the old one; reading TOML.
 
-Owns: the rule "temporary name in the same directory, sync, rename", and one kind of error for a disk that will not.
+Owns: the rule "temporary name in the same directory, sync, rename", the lock that one process at a time holds, and one
+kind of error for a disk that will not.
 Refuses to know: what the bytes mean.
 """
 
 from __future__ import annotations
 
+import errno
 import os
 import secrets
 import stat
@@ -74,6 +76,43 @@ def clear_abandoned(directory: Path) -> None:
             path.unlink(missing_ok=True)
         except (ValueError, PermissionError):  # not ours to judge
             continue
+
+
+@contextmanager
+def locked(path: Path, what: object) -> Generator[None, None, None]:
+    """Hold the lock file `path` inside the block: one process at a time writes `what`.
+
+    The lock is the system's (flock) and ends with its process, however that dies. Where there is none (Windows, some
+    file systems of networks) nothing is locked. Raises ValueError at once when another one holds it.
+    """
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        yield
+        return
+
+    def is_ours() -> bool:
+        """False when the file that was opened is gone: the holder before removed it, or somebody its directory."""
+        try:
+            return os.path.samestat(os.fstat(held.fileno()), path.stat())
+        except FileNotFoundError:
+            return False
+
+    with path.open("ab") as held:
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"another run is writing {what}: wait for its end, or choose another name") from None
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+                raise
+        if not is_ours():
+            raise ValueError(f"another run has just finished writing {what}: run again")
+        try:
+            yield
+        finally:
+            if is_ours():
+                path.unlink()
 
 
 @contextmanager

@@ -201,15 +201,15 @@ def test_train_overrides_the_recipe(monkeypatch: pytest.MonkeyPatch, capsys: pyt
 
     seen: list[Any] = []
 
-    def run_recipe(path: str, overrides: Any, *, resume: bool, device: str, progress: Any) -> Path:
-        progress(Progress(1, 2, 3.0, 4.0))
+    def run_recipe(path: str, overrides: Any, *, resume: bool, device: str, progress: Any, notice: Any) -> Path:
+        progress(Progress(1, 2, {"loss": 3.0, "lr": 1e-3, "tokens_per_second": 4.0}))
         seen.append((path, overrides, resume, device))
         return Path("runs/final.safetensors")
 
     monkeypatch.setattr(recipe, "run_recipe", run_recipe)
     assert main(["train", "a.toml", "--set", "steps=3", "--set", "out=runs/x", "--set", "lr=1e-3", "--resume"]) == 0
     assert seen == [("a.toml", {"steps": 3, "out": "runs/x", "lr": 0.001}, True, "cpu")]
-    assert "final.safetensors" in capsys.readouterr().out
+    assert "final.safetensors after step 1, loss 3.0000" in capsys.readouterr().out
     assert "KEY=VALUE" in error(capsys, "train", "a.toml", "--set", "steps")
     monkeypatch.undo()
     assert "no recipe at nowhere.toml" in error(capsys, "train", "nowhere.toml")

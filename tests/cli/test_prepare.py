@@ -9,6 +9,8 @@ import pytest
 
 from roost.cli import main
 from roost.data.binidx import TokenFile
+from roost.data.report import Counts, Report
+from roost.data.sources import Source
 
 
 def test_the_table_and_the_bad_lines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -26,6 +28,18 @@ def test_the_table_and_the_bad_lines(tmp_path: Path, capsys: pytest.CaptureFixtu
     report = json.loads(Path(f"{out}.report.json").read_text())
     assert report["dropped"] == {"bad line": 1, "duplicate": 1, "short": 1}
     assert len(TokenFile(out)) == 10
+
+
+def test_what_a_budget_left_unread_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    counts = Counts(documents=2, tokens=10, bytes=8, unread=3_500_000)
+    report = Report("out", "", 257, [(Source("books", ("books.jsonl",), budget=10), counts)], [])
+    monkeypatch.setattr("roost.cli.prepare.write", lambda *_, **__: report)
+    for dropped, shown in ((0, " 3.5 MB not read"), (7, "7 over budget, 3.5 MB not read")):
+        counts.drop("over budget", dropped)
+        assert main(["prepare", "books.jsonl", "-o", str(tmp_path / "out"), "--bytes"]) == 0
+        assert shown in capsys.readouterr().out
 
 
 def test_a_vocabulary_of_ones_own(tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -213,6 +215,31 @@ def test_nothing_leaks_between_packed_documents(several: Path, preset: str) -> N
         for start, end in zip(batch.cu_seqlens[:-1], batch.cu_seqlens[1:], strict=True):
             alone, _ = model(batch.inputs[:, start:end])
             torch.testing.assert_close(together[:, start:end], alone, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", [TokenLoader, PackedLoader])
+@pytest.mark.parametrize("change", ["cut short", "written over", "replaced", "gone"])
+def test_a_file_that_changes_is_noticed(
+    tmp_path: Path, kind: type[TokenLoader] | type[PackedLoader], change: str
+) -> None:
+    write_tokens(tmp_path / "x", [range(1, 500)])
+    loader, file = kind(tmp_path / "x", 10, 2), tmp_path / "x.bin"
+    before = loader.batch_at(0)
+    if change == "cut short":
+        os.truncate(file, 100)
+    elif change == "written over":
+        file.write_bytes(file.read_bytes()[::-1])
+        os.utime(file, ns=(0, file.stat().st_mtime_ns + 1))  # clocks of file systems are coarse
+    elif change == "replaced":
+        (tmp_path / "y").write_bytes(file.read_bytes())
+        shutil.copystat(file, tmp_path / "y")
+        (tmp_path / "y").replace(file)
+    else:
+        file.unlink()
+    with pytest.raises(ValueError, match=r"x\.bin changed or vanished during the run: put back what it was"):
+        loader.batch_at(0)
+    write_tokens(tmp_path / "x", [range(1, 500)])
+    assert torch.equal(kind(tmp_path / "x", 10, 2).batch_at(0).inputs, before.inputs)
 
 
 def test_packing_is_refused_without_tokens(tmp_path: Path) -> None:

@@ -124,8 +124,18 @@ def test_a_budget_reads_no_more_than_it_needs(tmp_path: Path, monkeypatch: pytes
     read: list[str] = []
     whole = shards.pieces
     monkeypatch.setattr(shards, "pieces", lambda *a: (read.append(str(a[2])), whole(*a))[1])
-    prepare(made(tmp_path, {"budget": 3}), tmp_path / "out", BYTES, workers=1, shard_bytes=30)
-    assert 1 <= len(read) <= 3  # of six
+    manifest = made(tmp_path, {"budget": 3}, {})
+    report = prepare(manifest, tmp_path / "out", BYTES, workers=1, shard_bytes=30)
+    assert 1 + 5 <= len(read) <= 3 + 5  # of five, and all of the other source
+    size = (tmp_path / "s0.jsonl").stat().st_size
+    (_, some), (_, full) = report.sources
+    assert size / 2 <= some.unread == report.total.unread < size and full.unread == 0
+    written = json.loads((tmp_path / "out.report.json").read_text())
+    assert [source["unread"] for source in written["sources"]] == [some.unread, 0]
+    counted = some.documents + sum(some.dropped.values())
+    assert counted < 10  # the others lie in what was not read
+    again = prepare(manifest, tmp_path / "out", BYTES, workers=3, shard_bytes=30)
+    assert again.sources == report.sources
 
 
 def test_shuffle_mixes_the_documents(tmp_path: Path) -> None:

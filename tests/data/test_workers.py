@@ -57,6 +57,56 @@ def test_a_killed_run_goes_on_where_it_was(tmp_path: Path) -> None:
     assert not parts.exists()
 
 
+BUSY = """
+import sys
+from pathlib import Path
+from roost import WorldTokenizer
+from roost.data.prepare import prepare
+folder = Path(sys.argv[1])
+def wait(now):
+    if not now.done:
+        print("busy", flush=True)
+        sys.stdin.read()
+prepare([folder / "x.txt"], folder / "out", WorldTokenizer.byte_level(), progress=wait)
+"""
+
+
+@pytest.mark.slow
+def test_two_runs_do_not_write_one_file(tmp_path: Path) -> None:
+    """The second is refused at once, whatever it would write; the first one finishes."""
+    (tmp_path / "x.txt").write_text("first")
+    (tmp_path / "y.txt").write_text("second")
+    command = [sys.executable, "-c", BUSY, str(tmp_path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout and other.stdout.readline() == b"busy\n"
+        with pytest.raises(ValueError, match=r"another run is writing .*out\.bin"):
+            prepare([tmp_path / "y.txt"], tmp_path / "out", BYTES)
+        prepare([tmp_path / "y.txt"], tmp_path / "own", BYTES)
+    assert other.returncode == 0 and texts(tmp_path / "out") == [b"first"] and texts(tmp_path / "own") == [b"second"]
+    prepare([tmp_path / "y.txt"], tmp_path / "out", BYTES)
+    assert texts(tmp_path / "out") == [b"second"] and not list(tmp_path.glob(".*.lock"))
+
+
+def test_a_worker_that_dies_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = threading.active_count()
+
+    def leave(unit: shards.Unit, *rest: Any) -> None:
+        """To the worker, all shards but the first."""
+        shards.make(unit, *rest)
+        while threading.current_thread() is threading.main_thread() and threading.active_count() > before:
+            time.sleep(0.01)
+
+    monkeypatch.setattr(workers, "WORTH_A_PROCESS", 0)
+    monkeypatch.setattr(workers, "MOST_THREADS", 0)
+    monkeypatch.setattr(workers, "make", leave)
+    for death, why in (("os.kill(os.getpid(), 9)", r"SIGKILL; out of memory\?"), ("sys.exit(3)", "exit code 3")):
+        monkeypatch.setattr(workers, "_SERVE", f"import os, sys; sys.stdin.buffer.read(9); {death}")
+        with pytest.raises(ValueError, match=rf"a worker process died \({why}\): run again with fewer workers"):
+            prepare(made(tmp_path, {}, {}, {}), tmp_path / "out", BYTES, workers=2, shard_bytes=40)
+    assert list((tmp_path / "out.parts").glob("*.npz"))  # what was finished is kept
+    assert not (tmp_path / "out.bin").exists()
+
+
 def test_a_shard_that_a_crash_cut_short_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def stop(*_: Any) -> None:
         raise KeyboardInterrupt

@@ -1,4 +1,5 @@
-"""Original files and those that roost writes, read by the `rwkv` package: the same logits as roost's on real text.
+"""Original files and those that roost writes, also after training, read by the `rwkv` package: the same logits as
+roost's on real text.
 
 The package reads the first half in one call and the rest token by token, its two code paths. It guesses the version
 from the order of the keys, so that is tested too. It runs alone because it reads the environment when it is imported.
@@ -17,9 +18,15 @@ import torch
 from torch import Tensor
 
 from checkpoints import READABLE, BonusName, Version, make_checkpoint
-from roost import checkpoint
+from roost import TokenLoader, TrainConfig, checkpoint, train
+from roost.data.binidx import write_tokens
 
-CASES: dict[str, tuple[Version, BonusName | None, bool]] = {**READABLE, "upcycled": ("5.2", None, False)}
+CASES: dict[str, tuple[Version, BonusName | None, bool]] = {
+    **READABLE,
+    "upcycled": ("5.2", None, False),
+    "trained-5.2": ("5.2", None, False),
+    "trained-6": ("6", None, False),
+}
 READ_AS = {"5.1": 5.2, "5.1-exp": 5.2, "upcycled": 6.0}
 """The versions that are written as another one: 5.1 as the 5.2 it equals."""
 SPLIT = 150
@@ -48,6 +55,17 @@ def text() -> Tensor:
     return torch.tensor([byte + 1 for byte in b"".join(articles)])
 
 
+def train_further(path: Path) -> None:
+    """Put the final.pth of a run of one step from a checkpoint in its place."""
+    model, _ = checkpoint.load(path)
+    before = model.emb.weight.detach().clone()
+    write_tokens(path.with_suffix(""), [text()[:99].numpy()])
+    run = TrainConfig(steps=1, lr=1e-3, warmup=0, pth=True, out=str(path.with_suffix("")))
+    final = train(model, TokenLoader(path.with_suffix(""), 32, 2), run)
+    assert not torch.equal(before, model.emb.weight)
+    final.with_suffix(".pth").replace(path)
+
+
 Read = tuple[Tensor, float]
 """The package's logits for a file, and the version that it takes it for."""
 
@@ -61,6 +79,8 @@ def package(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, R
     for seed, (case, (version, bonus_name, time_state)) in enumerate(CASES.items()):
         original, written = paths[case]
         torch.save(make_checkpoint(version, bonus_name=bonus_name, time_state=time_state, seed=seed), original)
+        if case.startswith("trained"):
+            train_further(original)
         if case == "upcycled":
             checkpoint.convert(original, written, to="finch")
         else:

@@ -254,7 +254,8 @@ def test_defaults() -> None:
         bool,
     }
     config = tiny_model().config
-    assert default_rates("state", config) == {"lr": 1.0, "lr_final": 0.01, "warmup": 10}
+    assert default_rates("state", config) == {"lr": 1.0, "lr_final": 0.01, "warmup": 10, "weight_decay": 0.0}
+    assert default_rates("full", PRESETS["finch-3b"], preferences=True)["lr"] == pytest.approx(1e-6)  # the DPO paper's
     published = {"finch-0.1b": 3e-5, "eagle-0.4b": 2e-5, "finch-1.6b": 1.5e-5, "eagle-3b": 1e-5, "finch-7b": 1e-5}
     assert {name: default_rates("full", PRESETS[name])["lr"] for name in published} == published
 

@@ -12,13 +12,17 @@ import pytest
 import torch
 
 import ranks
+from roost.checkpoint import load
+from roost.cli import main
 from roost.config import ModelConfig
 from roost.data.batch import Batch
 from roost.models.rwkv import RWKV
 from roost.training.context_parallel import TimeShares, context_parallel, time_share
-from roost.training.distributed import DataParallel, process_group
+from roost.training.distributed import DataParallel, Sharded, process_group
 from roost.training.loop import train
+from roost.training.state_tuning import add_time_state
 from tiny import tiny_model
+from training_runs import RECIPE, corpus_in, log
 
 TESTS = Path(__file__).parents[1]
 SURROUNDINGS = {
@@ -28,6 +32,9 @@ SURROUNDINGS = {
     "GLOO_SOCKET_IFNAME": "lo",
     "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",  # else restarted ranks meet addresses of the lost ones: pytorch#135712
 }
+
+
+LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
 
 def run(*command: str) -> None:
@@ -47,34 +54,97 @@ from pathlib import Path
 import torch
 torch.set_num_threads(1)
 from ranks import Noise, config
+from roost.training import sharded_checkpoint
 from roost.training.distributed import DataParallel, Sharded, process_group
 from roost.training.loop import train
 from tiny import tiny_model
 
+out, kind, where = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
+
+def die():
+    (out / "killed").touch()
+    os.kill(os.getpid(), signal.SIGKILL)
+
 class Fatal(Noise):
     def batch_at(self, step, part=0, parts=1):
-        if step == 3 and part == 1 and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
-            Path(sys.argv[1], "killed").touch()
-            os.kill(os.getpid(), signal.SIGKILL)
+        if where == "step" and step == 3 and part == 1 and first:
+            die()
         return super().batch_at(step, part, parts)
 
+first, save, saves = os.environ["TORCHELASTIC_RESTART_COUNT"] == "0", sharded_checkpoint.save, []
+
+def half_saved(*args, **options):
+    save(*args, **options)
+    saves.append(1)
+    if where == "save" and len(saves) == 2 and first:  # after the shards of step 2, before their new name
+        torch.distributed.barrier()
+        if os.environ["RANK"] == "0":
+            assert (out / "unfinished.dcp").is_dir() and (out / "step-1.dcp").is_dir()
+            die()
+
+sharded_checkpoint.save = half_saved
 with process_group("cpu"):
     model = tiny_model()
-    reducer = {"DataParallel": DataParallel, "Sharded": Sharded}[sys.argv[2]](model)
-    train(model, Fatal(), config(Path(sys.argv[1])), reduce=reducer, resume=True)
+    reducer = {"DataParallel": DataParallel, "Sharded": Sharded}[kind](model)
+    numbers = config(out, save_every=1 if where == "save" else 2)
+    train(model, Fatal(), numbers, reduce=reducer, resume=True)
 """
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["DataParallel", "Sharded"])
-def test_a_lost_rank_restarts_the_run_from_its_checkpoint(kind: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind,where", [("DataParallel", "step"), ("Sharded", "step"), ("Sharded", "save")])
+def test_a_lost_rank_restarts_the_run_from_its_checkpoint(kind: str, where: str, tmp_path: Path) -> None:
+    """Lost in a step, or when the shards of a checkpoint are written and not yet named: the one before it stands."""
     script = tmp_path / "script.py"
     script.write_text(LOSES_A_RANK)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    run(*launch, "--max-restarts", "1", str(script), str(tmp_path / "a"), kind)
+    run(*LAUNCH, "--max-restarts", "1", str(script), str(tmp_path / "a"), kind, where)
     assert (tmp_path / "a/killed").exists() and (tmp_path / "a/final.safetensors").exists()
+    assert not (tmp_path / "a/unfinished.dcp").exists()
     train(tiny_model(), ranks.Noise(), ranks.config(tmp_path / "b"))
     ranks.close(ranks.losses(tmp_path / "a"), ranks.losses(tmp_path / "b"))
+
+
+@pytest.mark.slow
+def test_ranks_of_the_command_line(tmp_path: Path) -> None:
+    """--shard and --context write the model that one process writes; the length in epochs is that of the data."""
+    recipe, finals = tmp_path / "r.toml", dict[str, dict[str, torch.Tensor]]()
+    text = RECIPE.format(data=corpus_in(tmp_path), out=tmp_path / "run").replace("steps = 60", "epochs = 0.05")
+    recipe.write_text(text.replace("save_every = 3", "save_every = 2\neps = 1e-4"))
+    for kind in ("", "--shard", "--context"):
+        out = tmp_path / f"run{kind}"
+        ranks_of = LAUNCH if kind else [sys.executable]
+        run(*ranks_of, "-m", "roost", "train", str(recipe), *([kind] if kind else []), "--set", f"out={out}")
+        finals[kind] = dict(load(out / "final.safetensors")[0].state_dict())
+        assert (out / ("step-4.dcp" if kind == "--shard" else "step-4.pt")).exists()
+        assert max(line["step"] for line in log(out)) == 6
+    ranks.same(finals["--shard"], finals[""])
+    ranks.same(finals["--context"], finals[""])
+
+
+def test_what_the_command_line_refuses(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = tmp_path / "r.toml"
+    recipe.write_text(RECIPE.format(data=corpus_in(tmp_path), out=tmp_path / "run"))
+    cases = [
+        (["--shard"], "--shard is for several processes"),
+        (["--context"], "--context is for several processes"),
+        (["--context", "--shard"], "not allowed with argument"),
+        (["--context", "--set", "segment=8"], "does not go with segment = 8"),
+        (["--context", "--set", "packing=documents"], "does not go with packing = 'documents'"),
+        (["--context", "--set", "task=sft"], "does not go with task = 'sft'"),
+        (["--context", "--set", "compile=true"], "does not go with compile = True"),
+    ]
+    for words, message in cases:
+        assert main(["train", str(recipe), *words]) == 2
+        assert message in capsys.readouterr().err
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda _group: 0)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda _group: 2)
+    model = tiny_model()
+    add_time_state(model)
+    with pytest.raises(ValueError, match="a model with time_state cannot be sharded"):
+        Sharded(model)
 
 
 def test_alone_there_is_nothing_to_join() -> None:
@@ -110,9 +180,14 @@ class Count:
 def test_shares_of_time() -> None:
     """Groups of two ranks have a row each, and cut it; together they have every token once."""
     data = TimeShares(Count(), 2)
-    assert data.identity == Count.identity and data.steps_per_epoch is None
+    assert data.identity == Count.identity
     shares = [data.batch_at(1, part, 4).inputs.tolist() for part in range(4)]
     assert shares == [[[10, 11]], [[12, 13, 14]], [[15, 16]], [[17, 18, 19]]]
     assert data.batch_at(1).inputs.shape == (2, 5)
+    halves = TimeShares(Count(), 2, accumulate=2)  # one group, whose ranks read its rows one after the other
+    shares = [halves.batch_at(1, part, 4).inputs.tolist() for part in range(4)]
+    assert shares == [[[10, 11]], [[15, 16]], [[12, 13, 14]], [[17, 18, 19]]]
+    with pytest.raises(ValueError, match="2 shares cannot hold groups of 2 ranks that cut the time, 2 shares each"):
+        halves.batch_at(0, 0, 2)
     with pytest.raises(ValueError, match="3 shares cannot hold groups of 2 ranks"):
         data.batch_at(0, 0, 3)

@@ -16,6 +16,7 @@ import torch
 
 from roost import PRESETS, RWKV, TokenLoader, TrainConfig, load, train
 from roost.data.batch import Batch
+from roost.tokenizer import WorldTokenizer
 from roost.training.guards import Interrupted
 from roost.training.loss import Sums, next_token_sums
 from roost.training.reducer import Alone
@@ -231,9 +232,9 @@ def test_saving_by_the_clock(tmp_path: Path, corpus: Path, monkeypatch: pytest.M
 
 def test_validation_lines(tmp_path: Path, corpus: Path) -> None:
     """Loss, perplexity, bits per byte of each stream; a domain's figures weigh its streams by their tokens."""
-    from roost.training.recipe import byte_lengths
+    from roost.training.streams import byte_lengths
 
-    g, lengths = torch.Generator().manual_seed(0), byte_lengths(257)
+    g, lengths = torch.Generator().manual_seed(0), byte_lengths(WorldTokenizer.byte_level(), 257)
     streams = {name: torch.randint(1, 257, (size,), generator=g) for name, size in (("a", 500), ("b", 90), ("c", 90))}
     held = {name: Held(ids, lengths, "" if name == "c" else "law", "en") for name, ids in streams.items()}
     run = config(tmp_path / "run", steps=2, validate_every=1)
@@ -285,7 +286,7 @@ run_recipe({str(tmp_path / name)!r}, resume=True)
     assert start("quiet.toml").wait() == 0
     assert start("killed.toml", "5").wait() == -signal.SIGKILL
     assert list((tmp_path / "killed").glob(".*.tmp"))
-    moments = torch.rand(1, generator=torch.Generator().manual_seed(int(time.time()))).tolist()
+    moments = torch.rand(3, generator=torch.Generator().manual_seed(int(time.time()))).tolist()
     for moment in moments:
         process, newest = start("killed.toml"), checkpoints(tmp_path / "killed")[-1]
         while process.poll() is None and checkpoints(tmp_path / "killed")[-1:] == [newest]:

@@ -49,17 +49,84 @@ def test_other_writers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="pip install tensorboard"):
         Log(config(tmp_path, tensorboard=True))
     seen: list[Any] = []
+    starts: list[Any] = []
     wandb, board = ModuleType("wandb"), ModuleType("torch.utils.tensorboard")
     run = SimpleNamespace(log=lambda numbers, step: seen.append((step, numbers)), finish=lambda: seen.append("done"))
-    wandb.init = lambda **given: seen.append(given["project"]) or run  # type: ignore[attr-defined]
+    wandb.init = lambda **given: starts.append(given) or run  # type: ignore[attr-defined]
     scalar = SimpleNamespace(add_scalar=lambda *point: seen.append(point), close=lambda: seen.append("closed"))
-    board.SummaryWriter = lambda out: scalar  # type: ignore[attr-defined]
+    board.SummaryWriter = lambda out, purge_step: starts.append(purge_step) or scalar  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "wandb", wandb)
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", board)
     log = Log(config(tmp_path, wandb="project", tensorboard=True))
     log.write({"step": 3, "validation": "a", "loss": 2.5})
     log.close()
-    assert seen == ["project", ("a/loss", 2.5, 3), (3, {"a/loss": 2.5}), "closed", "done"]
+    assert seen == [("a/loss", 2.5, 3), (3, {"a/loss": 2.5}), "closed", "done"]
+    Log(config(tmp_path, wandb="project", tensorboard=True), step=8)  # a resume: points from 9 on are written again
+    (tmp_path / "other").mkdir()
+    Log(config(tmp_path / "other", wandb="project", tensorboard=True))
+    assert starts[::2] == [1, 9, 1]
+    first, again, other = starts[1::2]
+    assert first["project"] == "project" and first["resume"] == "allow" and first["name"] == tmp_path.name
+    assert first["id"] == again["id"] != other["id"]
+
+
+def test_other_writers_may_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A full disk, or a service that is gone: a warning, once; the run and its log go on."""
+
+    class Failing:
+        def __init__(self, *_: Any, **__: Any) -> None: ...
+
+        def close(self) -> None: ...
+
+        def add_scalar(self, key: str, value: float, step: int) -> None:
+            if step == 2:
+                raise OSError(28, "No space left on device")
+
+        log = lambda self, numbers, step: None  # noqa: E731
+
+        def finish(self) -> None:
+            raise ConnectionResetError("gone")
+
+    board, wandb = ModuleType("torch.utils.tensorboard"), ModuleType("wandb")
+    board.SummaryWriter = Failing  # type: ignore[attr-defined]
+    wandb.init = Failing  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", board)
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    log = Log(config(tmp_path, tensorboard=True, wandb="project"))
+    for step in (1, 2, 3):
+        log.write({"step": step, "loss": 1.5})
+    log.close()
+    lines = read_log(tmp_path)
+    assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3]
+    found = [(line["step"], line["warning"]) for line in lines if "warning" in line]
+    assert [step for step, _ in found] == [2, 3]
+    assert "TensorBoard failed and gets no more lines: [Errno 28]" in found[0][1]
+    assert "Weights & Biases failed and gets no more lines: gone" in found[1][1]
+
+
+def test_a_sample_may_hold_other_line_ends(tmp_path: Path) -> None:
+    log = Log(config(tmp_path))
+    lines = [{"step": 1, "sample": "a\u2028b\x85c\rd"}, {"step": 2}]
+    for line in [*lines, {"step": 3}]:
+        log.write(line)
+    trim(tmp_path / "log.jsonl", 2)
+    assert read_log(tmp_path) == lines
+
+
+def test_other_files_are_no_logs(tmp_path: Path) -> None:
+    path = tmp_path / "log.jsonl"
+    for bad, message in (
+        (b"5", "line 2 has no step"),
+        (b'{"loss": 1}', "line 2 has no step"),
+        (b'{"step": true}', "line 2 has no step"),
+        (b"\xff", "line 2 is not JSON"),
+        (b"xx", "line 2 is not JSON"),
+    ):
+        path.write_bytes(b'{"step": 1, "loss": 1e999}\n' + bad + b"\n")
+        with pytest.raises(ValueError, match=f"log.jsonl is not a log of a run: {message}"):
+            curves([tmp_path])
+    path.write_bytes(b'{"step": 1, "loss": 1e999}\n')
+    assert curves([tmp_path]) == {}
 
 
 def test_plots(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

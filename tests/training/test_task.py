@@ -12,14 +12,14 @@ import torch
 import torch.nn.functional as F
 
 from roost.data.binidx import write_tokens
-from roost.data.loader import TokenLoader
+from roost.data.loader import PackedLoader, TokenLoader
 from roost.data.pairs import PairLoader
 from roost.data.sft import SftLoader, read_conversations
 from roost.tokenizer import WorldTokenizer
 from roost.training.config import TrainConfig
 from roost.training.dpo import Dpo
 from roost.training.loop import train
-from roost.training.task import TaskConfig, answer_sums, open_task
+from roost.training.task import Data, TaskConfig, answer_sums, begin, open_data, summary
 from tiny import tiny_model
 
 BYTES = WorldTokenizer.byte_level()
@@ -70,7 +70,8 @@ def run(out: Path, task: TaskConfig, data: str, name: str, **numbers: Any) -> li
     """Train with the loop and return its log."""
     settings = {"steps": 12, "lr": 3e-3, "lr_final": 3e-3, "schedule": "constant", "log_every": 1, "peak_flops": 1.0}
     model, config = tiny_model(name), TrainConfig(out=str(out), **{**settings, **numbers})
-    batches, objective = open_task(task, (data,), model, BYTES, config, ctx=64, batch=4)
+    opened = open_data(task, (data,), BYTES, ctx=64, batch=4, vocab_size=257)
+    batches, objective = begin(task, opened, model, config, 64)
     train(model, batches, config, objective=objective)
     return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
 
@@ -87,22 +88,41 @@ def test_runs_learn(name: str, conversations: str, pairs: str, tmp_path: Path) -
     assert halves == pytest.approx(whole[:4], rel=1e-4)
 
 
+def opened(task: TaskConfig, *paths: str, tokenizer: WorldTokenizer | None = BYTES, **rest: Any) -> Data:
+    return open_data(task, paths, tokenizer, **{"ctx": 64, "batch": 2, "vocab_size": 257, "seed": 4, **rest})
+
+
 def test_each_task_opens_its_data(conversations: str, pairs: str, tmp_path: Path) -> None:
-    model, config = tiny_model(), TrainConfig(steps=1, out=str(tmp_path / "run"), seed=4)
-    write_tokens(tmp_path / "tokens", [range(1, 200)], vocab_size=257)
-    opened = open_task(TaskConfig(), (str(tmp_path / "tokens"),), model, None, config, ctx=64, batch=2)[0]
-    assert isinstance(opened, TokenLoader)
-    sft, _ = open_task(TaskConfig("sft"), (conversations,) * 2, model, BYTES, config, ctx=64, batch=2)
+    model, config = tiny_model(), TrainConfig(steps=1, out=str(tmp_path / "run"))
+    write_tokens(tmp_path / "tokens", [range(1, 50)], vocab_size=257)
+    windows = opened(TaskConfig(), str(tmp_path / "tokens"), tokenizer=None, ctx=8, order="sequential")
+    assert isinstance(windows, TokenLoader) and (windows.order, windows.seed) == ("sequential", 4)
+    packed = opened(TaskConfig(), str(tmp_path / "tokens"), packing="documents")  # fewer than ctx tokens
+    assert isinstance(packed, PackedLoader) and packed.windows == 1
+    sft = opened(TaskConfig("sft"), *(conversations,) * 2)
     assert isinstance(sft, SftLoader)
     assert (sft.documents.report.kept, sft.seed) == (16, 4)
     task = TaskConfig("dpo", beta=0.2, label_smoothing=0.1, normalise=True, reference=str(tmp_path / "r"))
-    dpo, objective = open_task(task, (pairs,), model, BYTES, config, ctx=64, batch=2)
-    assert isinstance(dpo, PairLoader)
+    dpo, objective = begin(task, opened(task, pairs), model, config, 64)
+    assert isinstance(dpo, PairLoader) and dpo.seed == 4
+    assert (dpo.reference.logprobs < 0).all()
     assert objective == Dpo(0.2, 0.1, True)
     assert dpo.identity["objective"] == "Dpo(beta=0.2, label_smoothing=0.1, normalise=True)"
     assert (tmp_path / "r").is_file() and not (tmp_path / "run").exists()
-    open_task(TaskConfig("dpo"), (pairs,), model, BYTES, config, ctx=64, batch=2)
+    begin(TaskConfig("dpo"), opened(TaskConfig("dpo"), pairs), model, config, 64)
     assert (tmp_path / "run/reference.safetensors").is_file()
+
+
+def test_summary(conversations: str, pairs: str, tmp_path: Path) -> None:
+    path, turn = tmp_path / "more.jsonl", {"prompt": "q", "completion": "y" * 90}
+    turns = [{"role": role, "content": text} for text in ("long " * 6, "b") for role in ("user", "assistant")]
+    path.write_text(f"oops\n[]\n{json.dumps(turn)}\n{json.dumps({'messages': turns})}\n")
+    found = opened(TaskConfig("sft", bad_lines="skip"), conversations, str(path))
+    assert isinstance(found, SftLoader)
+    assert summary(found).startswith(f"9 conversations, 2 bad lines: {path}, line 1: ")
+    assert summary(found).endswith("; 1 shortened; 1 too long")
+    found = opened(TaskConfig("dpo"), pairs)
+    assert isinstance(found, PairLoader) and summary(found) == "8 pairs"
 
 
 BAD: list[tuple[dict[str, Any], str]] = [
@@ -127,16 +147,16 @@ def test_bad_keys(keys: dict[str, Any], message: str) -> None:
         TaskConfig(**keys)
 
 
-def test_bad_data(conversations: str, tmp_path: Path) -> None:
-    model, config = tiny_model(), TrainConfig(steps=1, out=str(tmp_path / "run"))
+def test_bad_data(conversations: str) -> None:
     large = WorldTokenizer({i + 1: bytes([i]) for i in range(256)}, vocab_size=300)
     cases: list[tuple[str, tuple[str, ...], WorldTokenizer | None, str]] = [
-        ("pretrain", (), None, "pretraining reads one token file"),
+        ("pretrain", (), None, "data is empty"),
+        ("pretrain", ("a", "b"), None, "pretraining reads one token file"),
         ("sft", (), BYTES, "data is empty"),
-        ("sft", (conversations,), None, "tokenizer is None"),
+        ("sft", (conversations,), None, "vocabulary is not known"),
         ("sft", (conversations,), large, "the tokenizer has 300 ids, the model only 257"),
         ("dpo", (conversations,), BYTES, 'line 1: expected "prompt"'),
     ]
     for task, data, tokenizer, message in cases:
         with pytest.raises(ValueError, match=message):
-            open_task(TaskConfig(cast(Any, task)), data, model, tokenizer, config, ctx=64, batch=2)
+            opened(TaskConfig(cast(Any, task)), *data, tokenizer=tokenizer)

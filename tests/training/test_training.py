@@ -13,12 +13,15 @@ import torch
 
 from roost import PRESETS, RWKV, TokenLoader, TrainConfig, load, train
 from roost.data.binidx import write_tokens
+from roost.tokenizer import WorldTokenizer
 from roost.training.loss import next_token_loss
 from roost.training.optim import group_of, learning_rate, optimiser
-from roost.training.recipe import byte_lengths
 from roost.training.resume import checkpoints
+from roost.training.streams import byte_lengths
 from roost.training.validation import Held, validate
 from training_runs import TEXT, config, corpus_in, log, losses, same
+
+LENGTHS = byte_lengths(WorldTokenizer.byte_level(), 257)
 
 
 @pytest.fixture
@@ -189,7 +192,7 @@ def test_what_a_kill_leaves_behind(tmp_path: Path, corpus: Path) -> None:
 
 
 def test_validation_is_checked_before_the_run(tmp_path: Path, corpus: Path) -> None:
-    held = {"short": Held(torch.tensor([5]), byte_lengths(257))}
+    held = {"short": Held(torch.tensor([5]), LENGTHS)}
     with pytest.raises(ValueError, match="short has 1 token"):
         train(RWKV(PRESETS["finch-tiny"]), TokenLoader(corpus, 32, 4), config(tmp_path / "run"), validation=held)
     assert not (tmp_path / "run" / "log.jsonl").exists()
@@ -260,15 +263,15 @@ def test_validation_is_the_mean_loss(corpus: Path) -> None:
     with torch.no_grad():
         model.head.weight.zero_()
     tokens = torch.tensor([b + 1 for b in TEXT])
-    nats, bits = validate(model, Held(tokens, byte_lengths(257)), rows=4, chunk=100)
+    nats, bits = validate(model, Held(tokens, LENGTHS), rows=4, chunk=100)
     assert nats == pytest.approx(np.log(257)) and bits == pytest.approx(np.log2(257))
     model = RWKV(PRESETS["finch-tiny"], seed=5)
-    whole = validate(model, Held(tokens, byte_lengths(257)), rows=1, chunk=10**6)
-    assert validate(model, Held(tokens, byte_lengths(257)), rows=1, chunk=33) == pytest.approx(whole, rel=1e-5)
+    whole = validate(model, Held(tokens, LENGTHS), rows=1, chunk=10**6)
+    assert validate(model, Held(tokens, LENGTHS), rows=1, chunk=33) == pytest.approx(whole, rel=1e-5)
     with pytest.raises(ValueError, match="at least 2 tokens"):
-        validate(model, Held(tokens[:1], byte_lengths(257)))
+        validate(model, Held(tokens[:1], LENGTHS))
 
 
 def test_byte_lengths_of_the_world() -> None:
-    lengths = byte_lengths(65536)
+    lengths = byte_lengths(WorldTokenizer(), 65536)
     assert lengths[0] == 0 and lengths[261] == 2 and lengths[65529] == 128 and lengths[65530:].sum() == 0

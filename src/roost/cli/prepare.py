@@ -94,7 +94,7 @@ class _bar:
 def _print(report: Report) -> None:
     total = report.total
     dropped = sum(total.dropped.values())
-    if len(report.sources) > 1 or dropped:
+    if len(report.sources) > 1 or dropped or total.unread:
         table = Table(box=None, pad_edge=False)
         table.add_column("source", overflow="fold")
         for name in ("documents", "tokens", "share", "text", "bytes/token", "dropped"):
@@ -116,6 +116,8 @@ def _print(report: Report) -> None:
 
 def _row(table: Table, name: str, counts: Counts, total: Counts) -> None:
     dropped = ", ".join(f"{count:,} {reason}" for reason, count in counts.dropped.items())
+    if counts.unread:
+        dropped += f"{', ' if dropped else ''}{terminal.size(counts.unread)} not read"
     share = f"{counts.tokens / total.tokens:.1%}"
     size = terminal.size(counts.bytes)
     each = f"{counts.bytes_per_token:.2f}"

@@ -1,6 +1,7 @@
 """What the verbs share on a terminal: progress bars, sizes, input files.
 
-Owns: the look of a bar (tokens/s, time left, size of the state). Bars go to stderr, and only to a terminal.
+Owns: the look of a bar (tokens/s, time left, size of the state). Bars go to stderr, and only to a terminal; a run of
+hours prints lines elsewhere.
 Refuses to know: models, and what is being read.
 """
 
@@ -44,23 +45,29 @@ def reading(
 
 
 @contextmanager
-def training() -> Generator[Callable[[int, int, float, float], None], None, None]:
-    """A bar for a training run; yields the callback (step, steps, loss, tokens per second)."""
-    console = Console(stderr=True)
+def training(
+    console: Console | None = None, *, quiet: bool = False
+) -> Generator[Callable[[int, int, str, str], None], None, None]:
+    """A bar for a training run; yields the callback (step, steps, text beside the bar, line for the record).
+
+    The line, if there is one, is printed where no bar is drawn. `quiet`: neither, as on ranks other than the main one.
+    """
+    console = console or Console(stderr=True)
     columns = (
         TextColumn("step"),
         BarColumn(),
         MofNCompleteColumn(),
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         TextColumn("left"),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+    with Progress(*columns, console=console, disable=quiet or not console.is_terminal) as bar:
         task = bar.add_task("", total=None)
 
-        def show(step: int, steps: int, loss: float, speed: float) -> None:
-            text = f"loss {loss:.4f}  {speed:,.0f} tokens/s"
+        def show(step: int, steps: int, text: str, line: str) -> None:
             bar.update(task, completed=step, total=steps, description=text)
+            if line and not quiet and not console.is_terminal:
+                console.print(f"step {step}/{steps}  {line}", markup=False, highlight=False, soft_wrap=True)
 
         yield show
 

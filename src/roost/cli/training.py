@@ -10,7 +10,8 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Generator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,7 @@ from roost.cli import terminal
 
 if TYPE_CHECKING:
     from roost.models.rwkv import RWKV
+    from roost.training.loop import Progress
     from roost.training.reducer import Reducer
 
 
@@ -28,9 +30,18 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     what = "a key of the recipe, overruled; may repeat"
     parser.add_argument("--set", action="append", metavar="KEY=VALUE", help=what)
     parser.add_argument("--plan", action="store_true", help="only say what the run would take, on paper")
+    what = "with --plan: the devices that share the batch"
+    parser.add_argument("--ranks", type=int, default=1, metavar="N", help=what)
     parser.add_argument("--device", default="cpu", help="default: cpu")
+    ranks = parser.add_mutually_exclusive_group()
     what = "under torchrun: every process holds a share of the model (FSDP2), not all of it"
-    parser.add_argument("--shard", action="store_true", help=what)
+    ranks.add_argument("--shard", action="store_true", help=what)
+    what = "under torchrun: every process reads a part of the time of all rows (context parallelism)"
+    ranks.add_argument("--context", action="store_true", help=what)
+    parser.epilog = (
+        "Several devices: torchrun --nproc-per-node N --max-restarts 3 -m roost train RECIPE --resume. With --resume a"
+        " run whose process was lost goes on from its newest checkpoint when torchrun starts it again."
+    )
 
 
 def plot_arguments(parser: argparse.ArgumentParser) -> None:
@@ -43,31 +54,52 @@ def train(args: argparse.Namespace) -> int:
     """Train as a recipe says, or with --plan say what that would take."""
     from roost.training.guards import Interrupted
     from roost.training.heap import keep_freed_memory
-    from roost.training.loop import Progress
     from roost.training.recipe import run_recipe
 
     overrides = _overrides(args.set or ())
     if args.plan:
-        return _plan(args.recipe, overrides, args.device)
+        return _plan(args.recipe, overrides, args.device, args.ranks)
+    if args.ranks != 1:
+        raise ValueError(f"--ranks {args.ranks} goes with --plan; a run's ranks are torchrun's: --nproc-per-node N")
     keep_freed_memory()
-    last = ""
-    with _ranks(args.device, shard=args.shard) as (device, main, reduce), terminal.training() as show:
-
-        def progress(at: Progress) -> None:
-            nonlocal last
-            last = f" after step {at.step}, loss {at.loss:.4f}"
-            if main:
-                show(at.step, at.steps, at.loss, at.tokens_per_second)
-
+    kind = "shard" if args.shard else "context" if args.context else ""
+    if kind == "context":
+        _check_context(args.recipe, overrides)
+    with _ranks(args.device, kind) as (device, main, reduce), terminal.training(quiet=not main) as show:
+        view = View(show)
         several: dict[str, Any] = {"reduce": reduce} if reduce else {}
+        if main:
+            several["notice"] = partial(print, file=sys.stderr)
         try:
-            final = run_recipe(args.recipe, overrides, resume=args.resume, device=device, progress=progress, **several)
+            final = run_recipe(args.recipe, overrides, resume=args.resume, device=device, progress=view, **several)
         except Interrupted as stopped:
             print(f"roost: {stopped}", file=sys.stderr)
             return 128 + stopped.signum
     if main:
-        print(f"wrote {final}{last}")
+        print(f"wrote {final}{view.last}")
     return 0
+
+
+class View:
+    """What is shown of a run while it goes on: its last figures, and the last loss of the first held-out streams."""
+
+    def __init__(self, show: Callable[[int, int, str, str], None]) -> None:
+        self.show, self.figures, self.last, self.held = show, "", "", dict[str, str]()
+
+    def __call__(self, at: Progress) -> None:
+        line = at.line
+        if "warning" in line:
+            text = f"warning: {line['warning']}"
+        elif "validation" in line:
+            text = self.held[line["validation"]] = f"{line['validation']} {line['loss']:.4f}"
+        elif "loss" in line:
+            norm = f"  norm {line['gradient_norm']:.3g}" if "gradient_norm" in line else ""
+            speed = f"  {line['tokens_per_second']:,.0f} tokens/s"
+            text = self.figures = f"loss {line['loss']:.4f}  lr {line['lr']:.2e}{norm}{speed}"
+            self.last = f" after step {at.step}, loss {line['loss']:.4f}"
+        else:  # a sample: it is in the log
+            text = ""
+        self.show(at.step, at.steps, "  ".join([self.figures, *list(self.held.values())[:2]]), text)
 
 
 def plot(args: argparse.Namespace) -> int:
@@ -80,11 +112,11 @@ def plot(args: argparse.Namespace) -> int:
     return 0
 
 
-def _plan(recipe: str, overrides: dict[str, Any], device: str) -> int:
+def _plan(recipe: str, overrides: dict[str, Any], device: str, ranks: int) -> int:
     from roost.training.plan import plan, scale_table
     from roost.training.recipe import read_recipe
 
-    lines = plan(read_recipe(recipe, overrides), device)
+    lines = plan(read_recipe(recipe, overrides), device, ranks)
     width = max(len(what) for what, _ in lines)
     for what, value in lines:
         print(f"{what:<{width}}  {value}")
@@ -96,20 +128,37 @@ def _plan(recipe: str, overrides: dict[str, Any], device: str) -> int:
     return 0
 
 
+def _check_context(path: str, overrides: dict[str, Any]) -> None:
+    """Raise ValueError for what cannot be cut along time."""
+    from roost.training.recipe import read_recipe
+
+    recipe = read_recipe(path, overrides)
+    found = {"task": recipe.task.task, "packing": recipe.packing, "segment": recipe.segment}
+    found["compile"] = recipe.config.compile
+    for key, value in found.items():
+        if value not in ("pretrain", "windows", 0):
+            raise ValueError(f"--context cuts every row along time, which does not go with {key} = {value!r}")
+
+
 @contextmanager
-def _ranks(device: str, *, shard: bool) -> Generator[tuple[Any, bool, Callable[[RWKV], Reducer] | None], None, None]:
+def _ranks(device: str, kind: str) -> Generator[tuple[Any, bool, Callable[[RWKV], Reducer] | None], None, None]:
     """(device, whether this process speaks, what makes the ranks); alone unless torchrun started this process."""
     import torch.distributed as dist
 
     if not (dist.is_available() and dist.is_torchelastic_launched()):
-        if shard:
-            raise ValueError("--shard is for several processes: torchrun --nproc-per-node N -m roost train RECIPE")
+        if kind:
+            raise ValueError(f"--{kind} is for several processes: torchrun --nproc-per-node N -m roost train RECIPE")
         yield device, True, None
         return
+    from roost.training.context_parallel import context_parallel
     from roost.training.distributed import DataParallel, Sharded, process_group
 
-    with process_group(device.partition(":")[0]) as own:
-        yield own, dist.get_rank() == 0, Sharded if shard else DataParallel
+    with process_group(device.partition(":")[0]) as own, ExitStack() as entered:
+
+        def along_time(model: RWKV) -> Reducer:
+            return entered.enter_context(context_parallel(model))
+
+        yield own, dist.get_rank() == 0, {"": DataParallel, "shard": Sharded, "context": along_time}[kind]
 
 
 def _overrides(settings: list[str] | tuple[()]) -> dict[str, Any]:

@@ -50,7 +50,8 @@ class TokenFile:
 
     `tokens` is the whole stream, 1-D, read-only, in the dtype of the file; `len` counts tokens; `documents(i)` is one
     document with its closing 0; `count` is the number of documents, `borders` (count + 1,) where each begins and where
-    the last ends. Raises ValueError when a file is missing, truncated or damaged.
+    the last ends. To read `tokens` of a file that was cut short after it was opened kills the process: call
+    `check_unchanged` before. Raises ValueError when a file is missing, truncated or damaged.
     """
 
     tokens: Tokens
@@ -64,7 +65,8 @@ class TokenFile:
                 raise ValueError(f"no token file at {file}; a token file is a pair PREFIX.bin and PREFIX.idx")
         dtype, sizes, pointers, documents = _read_index(index)
         ends = np.concatenate([np.zeros(1, np.int64), np.cumsum(sizes, dtype=np.int64)])
-        expected, found = int(ends[-1]) * dtype.itemsize, self.path.stat().st_size
+        self._opened = self._facts()
+        expected, found = int(ends[-1]) * dtype.itemsize, self._opened[0]
         if found != expected:
             what = "truncated" if found < expected else "too long"
             raise ValueError(f"{self.path} is {what}: {found:,} bytes, but {index.name} describes {expected:,}")
@@ -79,6 +81,20 @@ class TokenFile:
 
     def __len__(self) -> int:
         return len(self.tokens)
+
+    def _facts(self) -> tuple[int, int, int]:
+        """Size, time of the last change and inode of the .bin."""
+        found = self.path.stat()
+        return found.st_size, found.st_mtime_ns, found.st_ino
+
+    def check_unchanged(self) -> None:
+        """Raise ValueError unless the .bin is still the file that was opened, as it was."""
+        try:
+            same = self._facts() == self._opened
+        except OSError:
+            same = False
+        if not same:
+            raise ValueError(f"{self.path} changed or vanished during the run: put back what it was, and resume")
 
     def documents(self, i: int) -> Tokens:
         """Document `i` as a view of `tokens`. Raises ValueError out of range."""

@@ -64,8 +64,9 @@ class TokenLoader:
     def batch_at(self, step: int, part: int = 0, parts: int = 1) -> Batch:
         """Share `part` of `parts` of one step's batch: rows of ctx tokens; targets are inputs moved on by one token.
 
-        Raises ValueError when step is negative or `batch` rows have no such share.
+        Raises ValueError when step is negative, `batch` rows have no such share, or the file is not as it was opened.
         """
+        self.file.check_unchanged()
         starts = [self._window(k) * self.ctx for k in _samples(self.batch, step, part, parts)]
         rows = np.stack([self.file.tokens[start : start + self.ctx + 1] for start in starts]).astype(np.int64)
         tokens = torch.as_tensor(rows)
@@ -118,8 +119,9 @@ class PackedLoader:
     def batch_at(self, step: int, part: int = 0, parts: int = 1) -> Batch:
         """Share `part` of `parts` of one step's batch: one row of batch / parts rows of the plan, and its borders.
 
-        Raises ValueError when step is negative or `batch` rows have no such share.
+        Raises ValueError when step is negative, `batch` rows have no such share, or the file is not as it was opened.
         """
+        self.file.check_unchanged()
         samples = _samples(self.batch, step, part, parts)
         inputs = np.zeros((1, len(samples) * self.ctx), np.int64)
         targets = np.full_like(inputs, NO_LOSS)

@@ -26,7 +26,7 @@ from roost.data.report import Counts, Report
 from roost.data.shards import SHOWN, Shard, Unit, find, units
 from roost.data.sources import Manifest, files_of, named_after
 from roost.data.workers import run
-from roost.files import clear_abandoned
+from roost.files import clear_abandoned, locked
 from roost.tokenizer import WorldTokenizer
 
 Integers = NDArray[np.int64]
@@ -65,8 +65,9 @@ def prepare(
     A run that was killed goes on from the shards it finished; a file that changed since is read again.
 
     Raises ValueError before any work for a missing or empty source, a missing package, an output that is a source or
-    has no directory; and later for a bad line (unless they are skipped), a file that changed, vanished or is damaged,
-    and when no document is left. The old token file survives all of them.
+    has no directory, or that another run is writing; and later for a bad line (unless they are skipped), a file that
+    changed, vanished or is damaged, a worker that died, and when no document is left. The old token file survives all
+    of them.
     """
     start = time.perf_counter()
     manifest = sources if isinstance(sources, Manifest) else Manifest(named_after(sources))
@@ -80,23 +81,25 @@ def prepare(
         list(units(source, files, manifest.bad_lines, manifest.dedup, shard_bytes))
         for source, files in zip(manifest.sources, found, strict=True)
     ]
-    folder.mkdir(exist_ok=True)
-    try:
-        clear_abandoned(folder)
-        clear_abandoned(prefix.parent)
-        shards = _shards(work, tokenizer, folder, count, progress)
-        for file in {file for several in work for unit in several for file in unit.files}:
-            file.check()
-        report = _write(manifest, shards, prefix, tokenizer)
-        report.seconds = time.perf_counter() - start
-        report.write(f"{prefix}.report.json")
-        for path in folder.iterdir():
-            if path.suffix in (".bin", ".npz"):
-                path.unlink()
-        return report
-    finally:
-        with suppress(OSError):  # finished shards stay when the run failed
-            folder.rmdir()
+    with locked(prefix.with_name(f".{prefix.name}.lock"), f"{prefix}.bin"):
+        folder.mkdir(exist_ok=True)
+        try:
+            clear_abandoned(folder)
+            clear_abandoned(prefix.parent)
+            shards = _shards(work, tokenizer, folder, count, progress)
+            for file in {file for several in work for unit in several for file in unit.files}:
+                file.check()
+            unread = [sum(u.size for u in several[len(s) :]) for several, s in zip(work, shards, strict=True)]
+            report = _write(manifest, shards, unread, prefix, tokenizer)
+            report.seconds = time.perf_counter() - start
+            report.write(f"{prefix}.report.json")
+            for path in folder.iterdir():
+                if path.suffix in (".bin", ".npz"):
+                    path.unlink()
+            return report
+        finally:
+            with suppress(OSError):  # finished shards stay when the run failed
+                folder.rmdir()
 
 
 def prefix_of(out: str | os.PathLike[str]) -> Path:
@@ -173,8 +176,10 @@ def _shards(
     return [[have[unit] for unit in several[: reach(several)]] for several in work]
 
 
-def _write(manifest: Manifest, shards: list[list[Shard]], prefix: Path, tokenizer: WorldTokenizer) -> Report:
-    """Choose the documents, write the token file and count."""
+def _write(
+    manifest: Manifest, shards: list[list[Shard]], unread: list[int], prefix: Path, tokenizer: WorldTokenizer
+) -> Report:
+    """Choose the documents, write the token file and count; `unread` bytes of every source were not needed."""
     flat = [shard for several in shards for shard in several]
     sizes = np.concatenate([shard.sizes for shard in flat])
     lengths = np.concatenate([shard.bytes for shard in flat])
@@ -183,7 +188,7 @@ def _write(manifest: Manifest, shards: list[list[Shard]], prefix: Path, tokenize
     counted: list[tuple[Any, Counts]] = []
     at = 0
     for number, (source, several) in enumerate(zip(manifest.sources, shards, strict=True)):
-        counts = Counts()
+        counts = Counts(unread=unread[number])
         for shard in several:
             for reason, count in shard.dropped.items():
                 counts.drop(reason, count)

@@ -11,7 +11,7 @@ import os
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from roost.data.sources import Source
 from roost.files import replacing
@@ -24,12 +24,14 @@ class Counts:
     documents   written, repetitions included
     tokens      of those, each document's closing 0 included
     bytes       of their text
-    dropped     documents that were left out, by reason
+    unread      bytes of source files, as they lie on the disk, that were not opened: the budget was full before
+    dropped     documents that were read and left out, by reason
     """
 
     documents: int = 0
     tokens: int = 0
     bytes: int = 0
+    unread: int = 0
     dropped: dict[str, int] = field(default_factory=dict[str, int])
 
     @property
@@ -47,6 +49,7 @@ class Counts:
         self.documents += other.documents
         self.tokens += other.tokens
         self.bytes += other.bytes
+        self.unread += other.unread
         for reason, count in other.dropped.items():
             self.drop(reason, count)
 
@@ -94,6 +97,19 @@ class Report:
         }
         with replacing(path) as temporary:
             Path(temporary).write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def read_report(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """What `Report.write` wrote; {} when there is no such file. Raises ValueError for a file that is something else."""
+    try:
+        found = json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+    if not isinstance(found, dict) or not isinstance(found.get("tokenizer"), str):
+        raise ValueError(f"{path} is not a report of roost prepare: move it away")
+    return cast("dict[str, Any]", found)
 
 
 def _sum(several: Iterable[Counts]) -> Counts:

@@ -10,7 +10,7 @@
     domain = "fiction"
     language = "en"
     weight = 2                            how often each document is written; 0.1 keeps a tenth of them
-    budget = 1_000_000                    or as many documents, from the first on, as have this many tokens
+    budget = 1_000_000                    tokens at most: whole documents, from the first on
 
 Owns: the keys and their checks, and which files a path means.
 Refuses to know: what is inside the files.
@@ -38,8 +38,10 @@ class Source:
 
     name, path             what the report calls it; files, directories (read whole, hidden names left out) or globs
     licence, domain, language   for the report
-    weight                 how often each document is written, 2.5 = twice and every other one once more
-    budget                 tokens at most, 0 = no limit; whole documents, from the first on
+    weight                 how often each document is written: 2.5 = all twice, and a random half of them once more;
+                           0.1 = a random tenth. Which ones depends on the place of the source in the manifest alone
+    budget                 tokens at most, 0 = no limit: what the weight gives (all of a pass before the next), from the
+                           first document on, up to the first one that no longer fits
     min_bytes, max_bytes   documents outside are dropped (0 = no limit); by default only empty ones are
     text                   the field that holds the text, in jsonl and parquet
     include                names to read in a directory, such as ("*.py", "*.md"); () = all

@@ -11,6 +11,7 @@ Refuses to know: what a shard is made of.
 from __future__ import annotations
 
 import pickle
+import signal
 import subprocess
 import sys
 import threading
@@ -144,7 +145,7 @@ def _make(queue: _Queue, tokenizer: WorldTokenizer, folder: Path) -> None:
 
 def _drive(queue: _Queue, tokenizer: WorldTokenizer, folder: Path) -> None:
     """One worker process, fed until there are no units left."""
-    command = [sys.executable, "-c", _SERVE.format(sys.path)]
+    command, worker = [sys.executable, "-c", _SERVE.format(sys.path)], None
     try:
         with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as worker:
             queue.workers.append(worker)
@@ -163,6 +164,9 @@ def _drive(queue: _Queue, tokenizer: WorldTokenizer, folder: Path) -> None:
     except _Stopped:
         pass
     except (EOFError, BrokenPipeError, pickle.UnpicklingError):
-        queue.fail(ValueError("a worker process died (out of memory?): run again with fewer workers"))
+        code = worker.returncode if worker else 0
+        why = f"{signal.Signals(-code).name}; out of memory?" if code < 0 else f"exit code {code}"
+        text = f"a worker process died ({why}): run again with fewer workers, what is finished is kept"
+        queue.fail(ValueError(text))
     except Exception as error:
         queue.fail(error)

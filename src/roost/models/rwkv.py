@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import astuple
 from itertools import pairwise
 from pathlib import Path
@@ -32,6 +32,8 @@ from roost.ops import document_offsets
 from roost.state import LayerState, State
 
 LAYER_NORM_EPS = 1e-5
+ID_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+"""Of token ids; torch has no arithmetic for other unsigned ones."""
 
 
 class Block(nn.Module):
@@ -196,8 +198,10 @@ def check_input(tokens: Tensor | None, embeddings: Tensor | None, config: ModelC
             )
         return embeddings
     instance("tokens", tokens, Tensor, "write torch.tensor([ids]), of shape (B, T)")
-    if tokens.dim() != 2 or tokens.is_floating_point() or tokens.dtype == torch.bool:
-        raise ValueError(f"tokens are {tokens.dtype} {tuple(tokens.shape)}; they must be integers of shape (B, T)")
+    if tokens.dim() != 2 or tokens.dtype not in ID_DTYPES:
+        raise ValueError(
+            f"tokens are {tokens.dtype} {tuple(tokens.shape)}; they must be integers of shape (B, T), signed or uint8"
+        )
     if tokens.device != device:
         raise ValueError(f"tokens are on {tokens.device}, the model on {device}: move one of them")
     if tokens.device.type == "cpu" and tokens.numel() and not torch.compiler.is_compiling():
@@ -294,11 +298,13 @@ def fingerprint_of(config: ModelConfig, weights: Mapping[str, Tensor]) -> str:
     """64 hex digits that tell one set of weights from another, the same in fp32 and bf16 and in every file format.
 
     Hashes the sizes and 64 evenly spaced elements of every tensor, rounded to bf16: two models that differ only
-    elsewhere are not told apart, and a 3 GB file need not be read.
+    elsewhere are not told apart, and a 3 GB file need not be read. Of sharded weights every rank gives it, together.
     """
     digest = hashlib.sha256(repr(astuple(config)).encode())
     for name in sorted(weights):
-        flat = weights[name].detach().reshape(-1)
+        weight = weights[name].detach()
+        gathered: Callable[[], Tensor] | None = getattr(weight, "full_tensor", None)  # of one rank's shard
+        flat = (gathered() if gathered else weight).reshape(-1)
         step = max(1, flat.numel() // 64)
         sample = flat[::step][:64].to("cpu", torch.bfloat16)
         digest.update(name.encode())

@@ -91,17 +91,19 @@ class AdapterConfig:
         return {name: " ".join(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
 
 
-def default_rates(kind: Kind, config: ModelConfig) -> dict[str, float | int]:
-    """lr, lr_final and warmup to begin with, as keys of a recipe.
+def default_rates(kind: Kind, config: ModelConfig, *, preferences: bool = False) -> dict[str, float | int]:
+    """lr, lr_final, warmup and for a state weight_decay, to begin with, as keys of a recipe.
 
-    state: 1 -> 0.01 (RWKV-LM). full: RWKV-LM's published rates by size, held. lora, dora: 2e-4 (the LoRA paper's for
-    GPT-2), pissa: 2e-5 (its paper's), both down to a tenth.
+    state: 1 -> 0.01 (RWKV-LM), without the decay that would pull it to zero. full: RWKV-LM's published rates by size,
+    held. lora, dora: 2e-4 (the LoRA paper's for GPT-2), pissa: 2e-5 (its paper's), both down to a tenth.
+    preferences  a tenth of these, our choice: for whole models of 3 billion it is the 1e-6 of the DPO paper
     """
+    less = 10 if preferences else 1
     if kind == "state":
-        return {"lr": 1.0, "lr_final": 0.01, "warmup": 10}
+        return {"lr": 1.0 / less, "lr_final": 0.01 / less, "warmup": 10, "weight_decay": 0.0}
     if kind == "full":
         sizes = ((2.5e8, 3e-5), (9e8, 2e-5), (2.3e9, 1.5e-5))
-        rate = next((rate for size, rate in sizes if config.parameters < size), 1e-5)
+        rate = next((rate for size, rate in sizes if config.parameters < size), 1e-5) / less
         return {"lr": rate, "lr_final": rate, "warmup": 10}
-    rate = 2e-5 if kind == "pissa" else 2e-4
+    rate = (2e-5 if kind == "pissa" else 2e-4) / less
     return {"lr": rate, "lr_final": rate / 10, "warmup": 10}

@@ -15,17 +15,19 @@ import os
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from hashlib import sha256
+from math import prod
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from roost.checkpoint import load
+from roost.config import ModelConfig
 from roost.models.parts import Matrix
 from roost.models.rwkv import RWKV, fingerprint_of
 from roost.training.adapter_config import EVERY_MATRIX, LOW_RANK, AdapterConfig
 from roost.training.adapter_file import AdapterFile, read_adapter, write_adapter
-from roost.training.lora import LowRank, factor_shapes, fresh_factors
+from roost.training.lora import LowRank, check_rank, factor_shapes, fresh_factors
 from roost.training.selection import freeze, select
 from roost.training.state_tuning import SUFFIX, add_time_state, remove_time_state
 
@@ -140,6 +142,29 @@ def prepare_model(model: RWKV, config: AdapterConfig, *, seed: int = 0) -> Adapt
     return _install(adapted, factors)
 
 
+def count_parameters(sizes: ModelConfig, config: AdapterConfig | None) -> tuple[int, int]:
+    """(all numbers, those of them that are trained) of a model with this adapter; None: all are. Makes no weights.
+
+    Raises ValueError as `prepare_model`, but for what the weights themselves decide.
+    """
+    model = RWKV(sizes, device="meta")
+    if config is not None and config.adapter == "state":
+        add_time_state(model)
+    numbers = {name: value.numel() for name, value in model.named_parameters()}
+    total = sum(numbers.values())
+    if config is None or config.adapter == "full":
+        return total, sum(numbers[name] for name in freeze(model, config.freeze if config else ()))
+    also = select(numbers, config.train_also, "train_also") if config.train_also else []
+    trained = sum(n for name, n in numbers.items() if name in also or (config.adapter == "state" and SUFFIX in name))
+    if config.adapter in LOW_RANK:
+        for name, weight in _targets(model, config, also).items():
+            check_rank(weight, config.form, name)
+            for factor, shape in factor_shapes(weight, config.form).items():
+                total += prod(shape)
+                trained += 0 if factor.endswith("0") else prod(shape)  # PiSSA's first factors stay
+    return total, trained
+
+
 def apply(model: RWKV, path: str | os.PathLike[str]) -> Adapted:
     """Put a trained adapter from a file into the model it was trained on, in place.
 
@@ -215,14 +240,20 @@ def _check_precise(model: RWKV, names: Iterable[str]) -> None:
 
 def _fresh(model: RWKV, config: AdapterConfig, also: list[str], seed: int) -> dict[str, dict[str, Tensor]]:
     """Fresh factors of every target, by the name of its layer."""
+    generator = torch.Generator().manual_seed(seed)
+    targets = _targets(model, config, also)
+    return {name: fresh_factors(weight, config.form, generator, name) for name, weight in targets.items()}
+
+
+def _targets(model: RWKV, config: AdapterConfig, also: list[str]) -> dict[str, Tensor]:
+    """The matrices that get factors, by the names of their layers."""
     matrices = {name: layer.weight for name, layer in model.named_modules() if isinstance(layer, nn.Linear)}
     patterns = tuple(pattern.removesuffix(".weight") for pattern in config.targets) or EVERY_MATRIX
     targets = select(matrices, patterns, "targets")
     both = [name for name in targets if f"{name}.weight" in also]
     if both:
         raise ValueError(f"train_also names {both[0]}, which the adapter targets: name it in one of the two")
-    generator = torch.Generator().manual_seed(seed)
-    return {name: fresh_factors(matrices[name], config.form, generator, name) for name in targets}
+    return {name: matrices[name] for name in targets}
 
 
 def _install(adapted: Adapted, factors: Mapping[str, dict[str, Tensor]]) -> Adapted:

@@ -7,7 +7,7 @@ Refuses to know: how a step is made.
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from math import inf, isfinite
+from math import inf, isfinite, isnan, nan
 from numbers import Real
 from typing import Literal, cast, get_args
 
@@ -35,7 +35,8 @@ class TrainConfig:
     """One run. Defaults are the paper's (appendix H) unless said. One of steps, tokens and epochs says when it ends.
 
     steps, tokens, epochs   optimiser steps; tokens read (to the end of the step that reaches them); passes of the data
-    lr, lr_final     learning rate at the top and at the end (of the cosine by tokens, or of wsd's cooldown)
+    lr, lr_final     learning rate at the top and at the end (of the cosine by tokens, or of wsd's cooldown); without
+                     lr_final (nan) a tenth of lr
     schedule         "cosine", "wsd" (constant, then 1 - sqrt), "wsd-linear" (constant, then a line), "constant"
     cooldown         wsd: the share of the run in which the rate falls
     warmup, warmup_from   steps of linear warm-up, once in a run, from this share of the rate (the paper: a fifth)
@@ -58,14 +59,14 @@ class TrainConfig:
     wandb            also send the log to this project of Weights & Biases; "" = do not
     peak_flops       FLOP/s that count as all of the device; 0 = measured by a matrix product when the run begins
 
-    Raises ValueError with the name and the value for anything out of range or of another type.
+    Raises ValueError with the name and the value for anything out of range or of another type; lr_final above lr is.
     """
 
     steps: int = 0
     tokens: int = 0
     epochs: float = 0.0
     lr: float = 6e-4
-    lr_final: float = 6e-5
+    lr_final: float = nan
     schedule: Schedule = "cosine"
     cooldown: float = 0.2
     warmup: int = 10
@@ -101,6 +102,8 @@ class TrainConfig:
                 least = 1 if field.name in ("accumulate", "save_every", "keep", "log_every") else 0
                 object.__setattr__(self, field.name, whole(field.name, value, least))
             elif field.type == "float":
+                if field.name == "lr_final" and isinstance(value, float) and isnan(value):
+                    value = self.lr / 10  # lr comes before it and is checked
                 try:
                     number = float(cast("float", value)) if isinstance(value, Real) else inf
                 except OverflowError:
@@ -119,6 +122,8 @@ class TrainConfig:
         for name in ("lr", "eps", "clip"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be positive")
+        if self.lr_final > self.lr:
+            raise ValueError(f"lr_final is {self.lr_final:g}, above lr = {self.lr:g}: the rate would rise")
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must lie in 0..1")

@@ -31,13 +31,16 @@ from torch import Tensor, nn
 from roost.data.batch import Batch, Batches
 from roost.models.rwkv import RWKV
 from roost.ops import wkv, wkv_around
+from roost.training.distributed import DataParallel
 
 Group = dist.ProcessGroup | None
 
 
 @contextmanager
-def context_parallel(model: RWKV, group: dist.ProcessGroup | None = None) -> Generator[None]:
+def context_parallel(model: RWKV, group: dist.ProcessGroup | None = None) -> Generator[DataParallel]:
     """Inside, `model` in training mode reads rank p's part of rows that are cut along time over the ranks of `group`.
+
+    Gives the ranks of a run: `with context_parallel(model) as ranks: train(model, data, config, reduce=ranks)`.
 
     In evaluation mode (validation, samples) it reads whole rows, as outside. Every rank reads at the same time, forward
     and backward; where blocks are recomputed in the backward pass, this has to enclose it, as it does around `train`.
@@ -56,41 +59,46 @@ def context_parallel(model: RWKV, group: dist.ProcessGroup | None = None) -> Gen
     hooks = [mixer.register_forward_pre_hook(partial(_shift, group)) for mixer in mixers]
     try:
         with wkv_around(outer):
-            yield
+            yield _Along(model, group)
     finally:
         for hook in hooks:
             hook.remove()
 
 
-class TimeShares:
-    """`Batches` whose shares are parts of time: `ranks` neighbouring shares of the loop read the same rows.
+class _Along(DataParallel):
+    """Replicas that read parts of the time of all rows in place of shares of the rows."""
 
-    Share s of R x ranks holds part s mod ranks of the time of share s // ranks of the rows, so ranks p, p + 1, .. of a
-    context-parallel group have neighbouring numbers (accumulate = 1). Every part has T / ranks tokens, up to one more.
+    def shares(self, data: Batches, accumulate: int) -> Batches:
+        """The data, cut along time."""
+        return TimeShares(data, self.ranks, accumulate)
+
+
+class TimeShares:
+    """`Batches` whose shares are parts of time: groups of `ranks` neighbouring ranks read the same rows.
+
+    Rank p reads part p mod ranks of the time of the rows of group p // ranks; every part has T / ranks tokens, up to
+    one more. `accumulate` is that of the run: a rank's own shares of the loop are shares of its group's rows.
     """
 
-    def __init__(self, data: Batches, ranks: int) -> None:
-        self.data, self.ranks = data, ranks
+    def __init__(self, data: Batches, ranks: int, accumulate: int = 1) -> None:
+        self.data, self.ranks, self.accumulate = data, ranks, accumulate
 
     @property
     def identity(self) -> Mapping[str, int | str]:
         """That of the data: the cut changes no step."""
         return self.data.identity
 
-    @property
-    def steps_per_epoch(self) -> float | None:
-        """That of the data, if it knows."""
-        return getattr(self.data, "steps_per_epoch", None)
-
     def batch_at(self, step: int, part: int = 0, parts: int = 1) -> Batch:
         """Share `part` of `parts`; the whole batch for parts = 1. Raises ValueError where `ranks` does not divide."""
         if parts == 1:
             return self.data.batch_at(step)
-        if parts % self.ranks:
-            raise ValueError(f"{parts} shares cannot hold groups of {self.ranks} ranks that cut the time")
-        return time_share(
-            self.data.batch_at(step, part // self.ranks, parts // self.ranks), part % self.ranks, self.ranks
-        )
+        if parts % (self.ranks * self.accumulate):
+            each = f", {self.accumulate} shares each" if self.accumulate > 1 else ""
+            raise ValueError(f"{parts} shares cannot hold groups of {self.ranks} ranks that cut the time{each}")
+        rank, turn = divmod(part, self.accumulate)
+        group, place = divmod(rank, self.ranks)
+        rows = self.data.batch_at(step, group * self.accumulate + turn, parts // self.ranks)
+        return time_share(rows, place, self.ranks)
 
 
 def time_share(batch: Batch, rank: int, ranks: int) -> Batch:

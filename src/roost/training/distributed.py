@@ -26,8 +26,9 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
 from roost.checks import choice
+from roost.data.batch import Batches
 from roost.models.rwkv import RWKV
-from roost.training.resume import Position, Settings, Trained, restore, save
+from roost.training.resume import Position, Settings, Trained, checkpoints, restore, save
 from roost.training.sharded_checkpoint import restore_sharded, save_sharded
 
 LARGE = 2**20
@@ -66,6 +67,10 @@ class _Ranks:
         """Whether this rank writes logs, checkpoints and the model."""
         return self.rank == 0
 
+    def shares(self, data: Batches, accumulate: int) -> Batches:
+        """The data: a rank has neighbouring rows."""
+        return data
+
     def sum_counts(self, count: int) -> int:
         """The sum over ranks."""
         return int(self.sum_values(torch.tensor(count, dtype=torch.int64)))
@@ -81,29 +86,46 @@ class _Ranks:
         self.sum_counts(0)
 
     def on_main(self, action: Callable[[], Path]) -> Path:
-        """The answer of rank 0's `action` on every rank; its OSError too."""
-        answer: list[Any] = [None]
+        """The answer of rank 0's `action` on every rank; where it fails, every rank raises: OSError, or ValueError."""
+        answer: list[Any] = [None, None]
+        failed: Exception | None = None
         if self.is_main:
             try:
-                answer = [action()]
-            except OSError as error:
-                answer = [error]
+                answer[0] = action()
+            except Exception as error:  # whatever it is: the others are waiting
+                failed, answer[1] = error, (isinstance(error, OSError), f"{type(error).__name__} on rank 0: {error}")
         dist.broadcast_object_list(answer, group=self.group, group_src=0, device=self.device)
-        if isinstance(answer[0], OSError):
-            raise answer[0]
+        if failed is not None:
+            raise failed
+        if answer[1] is not None:
+            disk, text = answer[1]
+            raise OSError(text) if disk else ValueError(text)
         return answer[0]
+
+    def check_shared(self, out: Path, newest: Path | None) -> None:
+        """Raise ValueError, on every rank, unless all ranks see the same newest checkpoint."""
+        steps = torch.zeros(self.ranks, dtype=torch.int64)
+        steps[self.rank] = 0 if newest is None else int(newest.stem.removeprefix("step-"))
+        seen = self.sum_values(steps).tolist()
+        if len(set(seen)) > 1:
+            raise ValueError(
+                f"the newest checkpoint in {out} is of step {seen[0]} on rank 0 and of step"
+                f" {next(step for step in seen if step != seen[0])} on another:"
+                " out must be on a file system that all ranks share"
+            )
 
 
 class DataParallel(_Ranks):
     """Replicas: every rank holds the whole model, and gradients are added once per step, after the last micro-batch.
 
-    Making one copies the weights of rank 0 to every rank. What a rank sends per step is 2 (R - 1) / R of the gradients.
+    Making one copies the weights of rank 0, an adapter's too, to every rank. What a rank sends per step is
+    2 (R - 1) / R of the gradients.
     """
 
     def __init__(self, model: RWKV, group: dist.ProcessGroup | None = None) -> None:
         super().__init__(model, group)
         with torch.no_grad():
-            for tensor in model.state_dict().values():
+            for tensor in (*model.parameters(), *model.buffers()):  # a state dict leaves adapters out
                 dist.broadcast(tensor, group=group, group_src=0)
 
     def reduce_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
@@ -130,8 +152,9 @@ class DataParallel(_Ranks):
         return self.on_main(lambda: save(out, position, trained, settings, keep))
 
     def restore(self, out: Path, trained: Trained, settings: Settings) -> Position:
-        """Every rank reads the newest step-N.pt."""
+        """Every rank reads the newest step-N.pt. Raises ValueError where ranks see different ones."""
         self.barrier()
+        self.check_shared(out, next(reversed(checkpoints(out)), None))
         return restore(out, trained, settings)
 
     def export(self, write: Callable[[], Path]) -> Path:
@@ -157,7 +180,10 @@ class Sharded(_Ranks):
         super().__init__(model, None)
         self.model = model
         if model.config.time_state:
-            raise ValueError("a model with time_state cannot be sharded: train it with replicas (DataParallel)")
+            raise ValueError(
+                "a model with time_state cannot be sharded (its initial state is made outside the blocks): train it"
+                " with replicas, DataParallel or without --shard; a tuned state is small"
+            )
         mesh = mesh or init_device_mesh(model.device.type, (self.ranks,))
         parts: list[nn.Module] = [model.layers[0].ln0, *model.layers]  # LN0 is read outside its block
         for part in parts:
@@ -177,8 +203,12 @@ class Sharded(_Ranks):
         return save_sharded(out, position, trained, settings, keep, self.on_main)
 
     def restore(self, out: Path, trained: Trained, settings: Settings) -> Position:
-        """Every rank reads its shards of the newest step-N.dcp, whatever number of ranks wrote it."""
+        """Every rank reads its shards of the newest step-N.dcp, whatever number of ranks wrote it.
+
+        Raises ValueError where ranks see different ones.
+        """
         self.barrier()
+        self.check_shared(out, next(reversed(checkpoints(out, "dcp")), None))
         return restore_sharded(out, trained, settings)
 
     def export(self, write: Callable[[], Path]) -> Path:

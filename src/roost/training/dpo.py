@@ -23,6 +23,7 @@ from typing import Any, cast
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from jaxtyping import Float
 from numpy.typing import NDArray
@@ -91,28 +92,36 @@ def reference_logprobs(
     tokens     positions read at a time, at least one answer
 
     Call it before training changes the weights, a resumed run before its checkpoint is loaded. Two sets of weights
-    count as one when their fingerprints agree (`fingerprint_of`). Raises ValueError when the file is something else,
+    count as one when their fingerprints agree (`fingerprint_of`). In a process group every rank calls it, with the same
+    whole model: each computes a share, and the main one writes. Raises ValueError when the file is something else,
     OSError when it cannot be written.
     """
+    joined = dist.is_available() and dist.is_initialized()
+    rank, ranks = (dist.get_rank(), dist.get_world_size()) if joined else (0, 1)
     fingerprint = fingerprint_of(model.config, model.state_dict())
     digest = str(documents.identity["tokens_digest"])
     about = {"kind": KIND, "model": fingerprint, "data": digest, "precision": precision, "normalise": str(normalise)}
     stored = None if path is None else _stored(Path(path), about, len(documents))
-    if stored is not None:
+    held = torch.tensor(stored is not None, dtype=torch.int32, device=model.device)
+    if joined:
+        dist.all_reduce(held)
+    if stored is not None and int(held) == ranks:
         return Reference(stored, fingerprint)
     dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-    found: list[NDArray[np.float32]] = []
+    found = torch.zeros(len(documents), device=model.device)
     training, device = model.training, model.device
     model.eval()  # no dropout
     try:
         with torch.no_grad(), torch.autocast(device.type, dtypes[precision], enabled=precision != "fp32"):
-            for numbers in _by_size(documents.lengths.tolist(), tokens):
+            for numbers in _by_size(documents.lengths.tolist(), tokens)[rank::ranks]:
                 batch = packed_batch(documents, numbers).to(device)
-                found.append(answer_logprobs(model, batch, normalise=normalise).float().cpu().numpy())
+                found[numbers] = answer_logprobs(model, batch, normalise=normalise).float()
     finally:
         model.train(training)
-    values = np.concatenate(found)
-    if path is not None:
+    if joined:
+        dist.all_reduce(found)  # every place is zero but on one rank
+    values: NDArray[np.float32] = found.cpu().numpy()
+    if path is not None and rank == 0:
         with replacing(path) as temporary, disk_errors(path):
             save_file({"logprobs": values}, temporary, about)
     return Reference(values, fingerprint)

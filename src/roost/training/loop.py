@@ -13,15 +13,17 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from functools import partial
 from math import isfinite
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from roost.data.batch import Batch, Batches
+from roost.files import locked
 from roost.models.rwkv import RWKV
 from roost.training.blocks import prepared
 from roost.training.config import TrainConfig
@@ -34,26 +36,34 @@ from roost.training.resume import Position, Trained, tidy
 from roost.training.start import Length, check_run, check_start, length_of, save_model, settings_of
 from roost.training.validation import Held, validate_all
 
+LOST = -(2**40)
+"""The count of a rank that has no data: no other ranks' counts make the sum positive."""
+
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Progress(NamedTuple):
-    """Where a run is, after a step: for a progress bar."""
+    """Where a run is, and the line that its log got: of a step, a validation, a sample or a warning."""
 
     step: int
     steps: int
-    loss: float
-    tokens_per_second: float
+    line: Mapping[str, Any]
+
+
+class Loaded(NamedTuple):
+    """The inputs of one step: the parts of this rank, the targets of all ranks, the seconds that reading took."""
+
+    parts: list[Batch]
+    targets: int
+    waited: float
 
 
 class StepResult(NamedTuple):
-    """One step: nats per token, gradient norm before clipping, whether it was skipped, targets, inputs, seconds."""
+    """One step: nats per token, gradient norm before clipping (where finite), whether it was skipped, its inputs."""
 
     loss: float
     norm: float
     skipped: bool
-    tokens: int
-    waited: float
     parts: list[Batch]
 
 
@@ -79,34 +89,39 @@ def train(
     save_final  out -> path of what was written; default: model.save(out / "final.safetensors")
     reduce      the ranks of a run on several devices
     identity    what else decides the run, by name (of an adapter, say); a resumed run must have the same
+    progress    called with every line of the log, where the log is written: on the main rank
 
     Trains the parameters that require a gradient. Writes to config.out: log.jsonl (one object per log line, validation
     or warning), step-N.pt (the newest `keep`), bad-step-N.pt (the batch of a skipped step) and the final model. With
     `resume` the run goes on from the newest checkpoint, or starts if there is none.
 
-    Raises ValueError, before any work, when config.out already holds a run and `resume` is false, when a resume changes
-    what decides the run, when the weights are 16-bit (use precision "bf16" with fp32 weights); later when more than
-    max_bad_steps steps had a loss or gradient that is not finite. Raises Interrupted, a KeyboardInterrupt, after SIGINT
+    Raises ValueError, before any work, when config.out already holds a run and `resume` is false, when another process
+    writes there, when a resume changes what decides the run, when the weights are 16-bit (use precision "bf16" with
+    fp32 weights); later when more than max_bad_steps steps had a loss or gradient that is not finite. An error of the
+    data, such as a file that changed, leaves after a checkpoint. Raises Interrupted, a KeyboardInterrupt, after SIGINT
     or SIGTERM (in the main thread): the step is finished and saved. A checkpoint that the disk refuses is a warning in
-    the log; a final model that it refuses raises OSError.
+    the log, and so is a directory that vanished; a final model that the disk refuses raises OSError.
     """
     check_run(model, data, config, validation, storable=save_final is None)
     run = _Run(model, data, config, objective, reduce or Alone(), identity or {})
     out = check_start(config.out, resume=resume)
-    run.restore(out, resume=resume)
-    log = Log(config, active=run.reduce.is_main)
-    validating = partial(_validate, run, log, validation or {}, sample)
-    model.train()
-    model.fingerprint = ""  # the weights change from here on
+    with locked(out / ".lock", out) if run.reduce.is_main else nullcontext():
+        run.restore(out, resume=resume)
+        listener = partial(_tell, progress, run.length.steps) if progress else None
+        log = Log(config, step=run.position.step, active=run.reduce.is_main, listener=listener)
+        validating = partial(_validate, run, log, validation or {}, sample)
+        model.train()
+        model.fingerprint = ""  # the weights change from here on
 
-    try:
-        with prepared(model, config), catching() as signals:
-            _steps(run, out, log, signals, validating, progress)
-        model.eval()
-        return save_model(model, out, config, save_final, run.reduce)
-    finally:
-        model.eval()
-        log.close()
+        try:
+            with prepared(model, config), catching() as signals:
+                _steps(run, out, log, signals, validating)
+            model.eval()
+            out.mkdir(parents=True, exist_ok=True)  # should it have vanished
+            return save_model(model, out, config, save_final, run.reduce)
+        finally:
+            model.eval()
+            log.close()
 
 
 def _steps(
@@ -115,7 +130,6 @@ def _steps(
     log: Log,
     signals: Signals,
     validating: Callable[[], None],
-    progress: Callable[[Progress], None] | None,
 ) -> None:
     """All steps that are left, with what belongs after each. Raises Interrupted."""
     config, model = run.config, run.model
@@ -123,17 +137,22 @@ def _steps(
     peak = (config.peak_flops or measured_peak(model.device, dtype)) * run.reduce.ranks
     meter, saved = Meter(model.device, flops_per_token(model.config), peak), time.monotonic()
     while run.position.step < run.length.steps:
-        result = run.step()
+        try:
+            loaded = run.load()
+        except (ValueError, OSError):
+            if run.position.step:
+                run.save(out, log)
+            raise
+        result = run.step(loaded)
         step, last = run.position.step, run.position.step == run.length.steps
-        meter.tokens, meter.waited = meter.tokens + run.length.tokens, meter.waited + result.waited
+        meter.tokens, meter.waited = meter.tokens + run.length.tokens, meter.waited + loaded.waited
         if result.skipped:
             run.guard(out, log, result)
         elif step % config.log_every == 0 or last:
             figures = meter.figures()
-            line = {"loss": result.loss, "lr": run.rate(step - 1), "gradient_norm": result.norm}
+            norm = {"gradient_norm": result.norm} if isfinite(result.norm) else {}  # fp16 looks for its scale
+            line = {"loss": result.loss, "lr": run.rate(step - 1), **norm}
             log.write({"step": step, "tokens": round(step * run.length.tokens), **line, **run.figures(), **figures})
-            if progress:
-                progress(Progress(step, run.length.steps, result.loss, figures["tokens_per_second"]))
         if last or (config.validate_every and step % config.validate_every == 0):
             validating()
             meter.restart()
@@ -159,7 +178,8 @@ class _Run:
         reduce: Reducer,
         identity: Mapping[str, int | float | str],
     ) -> None:
-        self.model, self.data, self.config, self.reduce = model, data, config, reduce
+        self.model, self.config, self.reduce = model, config, reduce
+        self.data = reduce.shares(data, config.accumulate)
         self.objective: Objective = objective or partial(next_token_sums, l2wrap=config.l2wrap)
         self.count: Callable[[Batch], int] = getattr(self.objective, "count", _targets)
         self.figures: Callable[[], dict[str, float]] = getattr(self.objective, "figures", dict)
@@ -187,16 +207,26 @@ class _Run:
             return value
         return value if self.reduce.sum_counts(value) == value * self.reduce.ranks else 15  # SIGTERM, for all
 
-    def step(self) -> StepResult:
+    def load(self) -> Loaded:
+        """What the next step needs of the data. Where one rank fails, all raise ValueError or OSError."""
+        shares, failed = self.config.accumulate * self.reduce.ranks, None
+        first, parts, count = self.config.accumulate * self.reduce.rank, list[Batch](), 0
+        start = time.perf_counter()
+        try:
+            parts = [self.data.batch_at(self.position.step, first + i, shares) for i in range(self.config.accumulate)]
+            count = sum(self.count(part) for part in parts)
+        except (ValueError, OSError) as error:
+            failed = error
+        waited = time.perf_counter() - start
+        total = self.reduce.sum_counts(LOST if failed else count)
+        if total < 0:
+            raise failed or ValueError(f"another rank could not read its data of step {self.position.step}")
+        return Loaded(parts, max(total, 1), waited)
+
+    def step(self, loaded: Loaded) -> StepResult:
         """One optimiser step, or none where the loss or a gradient is not finite. Moves the position on."""
         config, step, (model, adam, scaler) = self.config, self.position.step, self.trained
-        shares = config.accumulate * self.reduce.ranks
-        first = config.accumulate * self.reduce.rank
-        start = time.perf_counter()
-        parts = [self.data.batch_at(step, first + i, shares) for i in range(config.accumulate)]
-        waited = time.perf_counter() - start
-        count = max(self.reduce.sum_counts(sum(self.count(part) for part in parts)), 1)
-
+        parts, count, first = loaded.parts, loaded.targets, config.accumulate * self.reduce.rank
         adam.zero_grad(set_to_none=True)
         device, totals = model.device, torch.zeros(2, device=model.device)  # objective, cross-entropy
         for i, part in enumerate(parts):
@@ -218,9 +248,10 @@ class _Run:
             scaler.step(adam)
         scale = scaler.get_scale()
         scaler.update()
-        skipped = not finite and not (isfinite(total) and scaler.is_enabled() and scale > 1)  # fp16 found its scale
+        searching = isfinite(total) and scale > 1 and scaler.get_scale() < scale  # fp16 looks for its scale
+        skipped = not finite and not searching
         self.position = Position(step + 1, self.position.bad + skipped)
-        return StepResult(loss, norm, skipped, count, waited, parts)
+        return StepResult(loss, norm, skipped, parts)
 
     def guard(self, out: Path, log: Log, result: StepResult) -> None:
         """Note a skipped step and keep its batch. Raises ValueError at one too many."""
@@ -231,7 +262,7 @@ class _Run:
         path = out / f"bad-step-{step}{rank}.pt"
         try:
             dump(path, result.parts, {"step": step, "loss": loss, "gradient_norm": norm})
-        except OSError as error:
+        except (OSError, ValueError) as error:  # a full disk; a directory that vanished
             log.write({"step": self.position.step, "warning": f"the batch of step {step} was not kept: {error}"})
         if self.position.bad > self.config.max_bad_steps:
             raise ValueError(
@@ -242,11 +273,17 @@ class _Run:
 
     def save(self, out: Path, log: Log) -> Path | None:
         """Write a checkpoint; None, and a warning in the log, when the disk refuses it."""
+        if not out.is_dir():
+            log.write({"step": self.position.step, "warning": f"{out} vanished with all it held; it is made again"})
         try:
             return self.reduce.save(out, self.position, self.trained, self.settings, self.config.keep)
         except OSError as error:
             log.write({"step": self.position.step, "warning": f"no checkpoint: {error}"})
             return None
+
+
+def _tell(progress: Callable[[Progress], None], steps: int, line: dict[str, Any]) -> None:
+    progress(Progress(line["step"], steps, line))
 
 
 def _targets(part: Batch) -> int:

@@ -121,10 +121,8 @@ def fresh_factors(
 
     Raises ValueError when the rank exceeds the matrix, and for DoRA of a matrix with a row (column) of zeros.
     """
-    outputs, inputs = weight.shape
-    rank = form.rank
-    if rank > min(outputs, inputs):
-        raise ValueError(f"rank is {rank}, but {name} is a {outputs} x {inputs} matrix: the rank must not exceed it")
+    check_rank(weight, form, name)
+    (outputs, inputs), rank = weight.shape, form.rank
     W = precise(weight.detach())
     if form.kind == "pissa":
         U, S, V = torch.linalg.svd(W, full_matrices=False)
@@ -140,6 +138,15 @@ def fresh_factors(
             lines = "rows" if form.axis == "out" else "columns"
             raise ValueError(f"dora cannot adapt {name}, which has {lines} of zeros (fresh weights?): use 'lora'")
     return factors
+
+
+def check_rank(weight: Tensor, form: Form, name: str) -> None:
+    """Raise ValueError when the rank exceeds the matrix called `name`."""
+    outputs, inputs = weight.shape
+    if form.rank > min(outputs, inputs):
+        raise ValueError(
+            f"rank is {form.rank}, but {name} is a {outputs} x {inputs} matrix: the rank must not exceed it"
+        )
 
 
 def factor_shapes(weight: Tensor, form: Form) -> dict[str, tuple[int, ...]]:

@@ -8,10 +8,14 @@ Refuses to know: what is trained and why.
 from __future__ import annotations
 
 import json
+import secrets
 import sys
 import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -88,14 +92,27 @@ class Meter:
 class Log:
     """Lines of a run, in out/log.jsonl at once, and elsewhere as the config says; nothing anywhere when not `active`.
 
-    A full disk costs no line: what could not be written is written with the next one.
+    `step` is where the run goes on: TensorBoard hides what a killed run wrote after it, and Weights & Biases go on with
+    the run of this directory. A full disk costs no line: what could not be written is written with the next one.
+    TensorBoard or Weights & Biases that fail later get no more lines, which is a warning. `listener` is called with
+    every line.
     Raises ValueError when TensorBoard or Weights & Biases are wanted and not installed.
     """
 
-    def __init__(self, config: TrainConfig, *, active: bool = True) -> None:
-        self.path, self.active, self.pending = Path(config.out) / "log.jsonl", active, ""
-        self.board = _tensorboard(config.out) if active and config.tensorboard else None
-        self.wandb = _wandb(config) if active and config.wandb else None
+    def __init__(
+        self,
+        config: TrainConfig,
+        *,
+        step: int = 0,
+        active: bool = True,
+        listener: Callable[[dict[str, Any]], None] | None = None,
+    ) -> None:
+        self.path, self.active, self.pending, self.listener = Path(config.out) / "log.jsonl", active, "", listener
+        self.step, self.copies = step, dict[str, _Copy]()
+        if active and config.tensorboard:
+            self.copies["TensorBoard"] = _TensorBoard(config.out, step)
+        if active and config.wandb:
+            self.copies["Weights & Biases"] = _Wandb(config)
 
     def write(self, line: dict[str, Any]) -> None:
         """Add one object; it has a "step". Numbers also go to TensorBoard and Weights & Biases."""
@@ -113,31 +130,34 @@ class Log:
         name = line.get("validation")
         numbers = {key: value for key, value in line.items() if type(value) in (int, float) and key != "step"}
         numbers = {f"{name}/{key}" if name else f"train/{key}": value for key, value in numbers.items()}
-        if self.board is not None:
-            for key, value in numbers.items():
-                self.board.add_scalar(key, value, line["step"])
-        if self.wandb is not None:
-            self.wandb.log(numbers, step=line["step"])
+        self.step = line["step"]
+        if numbers:
+            self._copies(lambda copy: copy.write(numbers, self.step))
+        if self.listener:
+            self.listener(line)
 
     def close(self) -> None:
         """Finish the copies."""
-        if self.board is not None:
-            self.board.close()
-        if self.wandb is not None:
-            self.wandb.finish()
+        self._copies(lambda copy: copy.close())
+
+    def _copies(self, act: Callable[[_Copy], None]) -> None:
+        for name, copy in list(self.copies.items()):
+            try:
+                act(copy)
+            except OSError as error:
+                del self.copies[name]
+                self.write({"step": self.step, "warning": f"{name} failed and gets no more lines: {error}"})
 
 
 def trim(path: Path, step: int) -> None:
-    """Drop the lines of a log after `step`, which will be written again, and a last line that was cut short."""
+    """Drop the lines of a log after `step`, which will be written again, and whatever was cut short."""
     if not path.is_file():
         return
     kept: list[str] = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):  # a sample may hold other line ends
+        with suppress(json.JSONDecodeError, KeyError, TypeError):
             if json.loads(line)["step"] <= step:
                 kept.append(line + "\n")
-        except (json.JSONDecodeError, KeyError, TypeError):
-            break
     with replacing(path) as temporary:
         temporary.write_text("".join(kept), encoding="utf-8")
 
@@ -152,19 +172,49 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _tensorboard(out: str) -> Any:
-    try:
-        from torch.utils.tensorboard import SummaryWriter  # pyright: ignore[reportPrivateImportUsage]
-    except ImportError as error:
-        raise ValueError("tensorboard = true needs TensorBoard: pip install tensorboard") from error
-    return SummaryWriter(out)
+class _Copy(Protocol):
+    """Where numbers go besides log.jsonl."""
+
+    def write(self, numbers: dict[str, int | float], step: int) -> None: ...
+
+    def close(self) -> None: ...
 
 
-def _wandb(config: TrainConfig) -> Any:
-    try:
-        import wandb  # pyright: ignore[reportMissingImports]
-    except ImportError as error:
-        raise ValueError(f"wandb = {config.wandb!r} needs Weights & Biases: pip install wandb") from error
-    from dataclasses import asdict
+class _TensorBoard:
+    def __init__(self, out: str, step: int) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter  # pyright: ignore[reportPrivateImportUsage]
+        except ImportError as error:
+            raise ValueError("tensorboard = true needs TensorBoard: pip install tensorboard") from error
+        self._writer: Any = SummaryWriter(out, purge_step=step + 1)
 
-    return wandb.init(project=config.wandb, dir=config.out, config=asdict(config), name=Path(config.out).name)
+    def write(self, numbers: dict[str, int | float], step: int) -> None:
+        for key, value in numbers.items():
+            self._writer.add_scalar(key, value, step)
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class _Wandb:
+    """The run's name there lies in out/wandb-id: another run in the same place, or elsewhere of the same name, has its
+    own. Lines that a killed run had sent are ignored there when the resumed one sends them again."""
+
+    def __init__(self, config: TrainConfig) -> None:
+        try:
+            import wandb  # pyright: ignore[reportMissingImports]
+        except ImportError as error:
+            raise ValueError(f"wandb = {config.wandb!r} needs Weights & Biases: pip install wandb") from error
+        out = Path(config.out)
+        path = out / "wandb-id"
+        if not path.exists():
+            with replacing(path) as temporary:
+                temporary.write_text(secrets.token_hex(8), encoding="utf-8")
+        names = {"project": config.wandb, "id": path.read_text(encoding="utf-8"), "name": out.name}
+        self._run: Any = wandb.init(**names, resume="allow", dir=config.out, config=asdict(config))
+
+    def write(self, numbers: dict[str, int | float], step: int) -> None:
+        self._run.log(numbers, step=step)
+
+    def close(self) -> None:
+        self._run.finish()

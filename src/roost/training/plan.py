@@ -1,28 +1,33 @@
 """A run on paper: sizes, work, memory, time and communication, without a step of training.
 
-    memory     16 bytes a parameter (fp32 weight, gradient, two moments; 8 of them only for what is trained), and
+    memory     4 bytes a parameter (fp32 weight), 12 more for one that is trained (gradient, two moments), and
                activations: A D bytes per token and layer, measured (ACTIVATIONS); with recomputation 4 D, and one block
     replicas   a rank sends 2 (R - 1) / R of the fp32 gradients per step
-    shards     1 / R of the 16 bytes; a rank receives (R - 1) / R of the weights twice and sends as much of the
+    shards     1 / R of these bytes; a rank receives (R - 1) / R of the weights twice and sends as much of the
                gradients, per part of a step
 
-Owns: these formulas, and the tables for 8 and 64 devices.
+Owns: these formulas, and the tables for 8 and 64 devices. Data and the number of steps are the run's own: its files are
+opened and its first batch is made.
 Refuses to know: how a step is made; what a device really reaches (a share of its peak is assumed and said).
 """
 
 from __future__ import annotations
 
-from math import ceil
-
 import torch
 
+from roost.checks import usable_device, whole
 from roost.config import PRESETS, ModelConfig
-from roost.data.binidx import TokenFile
+from roost.data.loader import PackedLoader
 from roost.data.order import magic_prime
+from roost.data.pairs import PairLoader
+from roost.data.sft import SftLoader
+from roost.training.adapters import count_parameters
 from roost.training.loop import DTYPES
 from roost.training.loss import LARGEST_LOGITS
 from roost.training.metrics import flops_per_token, measured_peak
-from roost.training.recipe import Recipe, sizes_of
+from roost.training.recipe import Recipe, open_files
+from roost.training.start import check_precision, length_of
+from roost.training.task import Data, summary
 
 ACTIVATIONS = {
     "dove": {"fp32": 124, "bf16": 80},
@@ -85,46 +90,53 @@ def scale_table(tokens: int = 4096) -> list[list[str]]:
     return rows
 
 
-def plan(recipe: Recipe, device: torch.device | str = "cpu") -> list[tuple[str, str]]:
-    """What a run will take, as (what, value) lines. Reads sizes and the index of the data; measures the device's peak.
+def plan(recipe: Recipe, device: torch.device | str = "cpu", ranks: int = 1) -> list[tuple[str, str]]:
+    """What a run on `ranks` devices will take, as (what, value) lines; reads the data, measures the device's peak.
 
-    Raises ValueError as the run itself would for files that do not exist or do not fit.
+    Raises ValueError as the run itself would for files that do not exist or do not fit, and for a batch that has no
+    equal shares.
     """
-    config, train, device = sizes_of(recipe.model), recipe.config, torch.device(device)
+    train, device = recipe.config, usable_device(device)
+    config, _, data, _ = open_files(recipe)
+    check_precision(train, device)
+    length = length_of(data, train)
+    inputs = data.batch_at(0, 0, whole("ranks", ranks, 1) * train.accumulate).inputs
+    part = inputs.shape[0] * min(inputs.shape[1], recipe.segment or inputs.shape[1])
+    numbers, trained = count_parameters(config, recipe.adapter)
+    epochs = length.steps * recipe.batch / data.windows
+    total, flops = length.steps * length.tokens, flops_per_token(config)
+    activations = activation_bytes(config, part, train.precision, recompute=train.recompute)
+    peak = train.peak_flops or measured_peak(device, DTYPES[train.precision])
+    seconds = total * flops / (ranks * peak * REACHED)
+    devices = f"one {device}, measured" if ranks == 1 else f"{ranks} x {device}, one measured"
     lines = [
         ("model", f"{recipe.model}: {config.generation}, {config.n_layer} layers of {config.n_embd}"),
-        ("parameters", f"{config.parameters:,}; the state of a row {config.state_bytes:,} bytes"),
+        ("parameters", f"{numbers:,}, {trained:,} of them trained; the state of a row {config.state_bytes:,} bytes"),
+        ("data", _data(data)),
+        ("steps", f"{length.steps:,} of {length.tokens:,.0f} tokens: {total:,.0f} tokens, {epochs:.2f} epochs"),
+        ("work", f"{flops:.4g} FLOPs a token, {total * flops:.4g} in all"),
+        (
+            "memory",
+            f"weights, gradients, moments {_gb(4 * numbers + 12 * trained)}; activations about {_gb(activations)}",
+        ),
+        ("time", f"about {_hours(seconds)} at {REACHED:.0%} of {ranks * peak / 1e12:.3g} TFLOP/s ({devices})"),
     ]
-    per_step = recipe.ctx * recipe.batch
-    tokens, windows = 0, 0
-    if recipe.task.task == "pretrain":
-        tokens = len(TokenFile(recipe.data[0]))
-        windows = (tokens - 1) // recipe.ctx
-        if windows < 1:
-            raise ValueError(f"{recipe.data[0]} has {tokens} tokens; ctx {recipe.ctx} needs {recipe.ctx + 1}")
+    if ranks > 1:
+        sent = 2 * (ranks - 1) / ranks * 4 * trained
         lines.append(
-            ("data", f"{tokens:,} tokens, {windows:,} windows of {recipe.ctx}; {_prime(tokens // recipe.ctx)}")
+            ("ranks", f"{ranks} replicas, each of that memory, send {_gb(sent)} a step; shards: see the table")
         )
-    elif train.epochs:
-        raise ValueError("the length of an epoch is known after the text is read: plan with steps or tokens")
-    steps = train.steps or ceil((train.tokens or train.epochs * windows * recipe.ctx) / per_step)
-    total = steps * per_step
-    epochs = f", {total / (windows * recipe.ctx):.2f} epochs" if windows else ""
-    lines.append(("steps", f"{steps:,} of {per_step:,} tokens: {total:,} tokens{epochs}"))
-    flops = flops_per_token(config)
-    lines.append(("work", f"{flops:.4g} FLOPs a token, {total * flops:.4g} in all"))
-    part = per_step // train.accumulate
-    part = min(part, recipe.segment * recipe.batch // train.accumulate) if recipe.segment else part
-    activations = activation_bytes(config, part, train.precision, recompute=train.recompute)
-    lines.append(
-        ("memory", f"weights, gradients, moments {_gb(16 * config.parameters)}; activations about {_gb(activations)}")
-    )
-    peak = train.peak_flops or measured_peak(device, DTYPES[train.precision])
-    seconds = total * flops / (peak * REACHED)
-    lines.append(
-        ("time", f"about {_hours(seconds)} at {REACHED:.0%} of {peak / 1e12:.3g} TFLOP/s (one {device}, measured)")
-    )
     return lines
+
+
+def _data(data: Data) -> str:
+    if isinstance(data, (SftLoader, PairLoader)):
+        documents = data.documents
+        return f"{summary(data)}; {len(documents.ids):,} tokens, {documents.report.learned:,} of them learned"
+    if isinstance(data, PackedLoader):
+        return f"{len(data.file):,} tokens in {data.windows:,} rows of {data.ctx}, {data.filled:.1%} filled"
+    prime = _prime(len(data.file) // data.ctx)
+    return f"{len(data.file):,} tokens, {data.windows:,} windows of {data.ctx}; {prime}"
 
 
 def _prime(windows: int) -> str:

@@ -8,8 +8,9 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
+from math import isfinite
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from roost.files import replacing
 
@@ -24,17 +25,22 @@ PANELS = {
 def read_log(run: str | os.PathLike[str]) -> list[dict[str, Any]]:
     """The lines of a run's log; `run` is its directory or the file. A last line that is being written is left out.
 
-    Raises ValueError when there is no log, or a line in it is not JSON.
+    Raises ValueError when there is no log, or a line in it is none of a log.
     """
     path = Path(run)
     path = path / "log.jsonl" if path.is_dir() else path
     if not path.is_file():
         raise ValueError(f"{run} holds no run: there is no {path}")
-    lines = path.read_text(encoding="utf-8").split("\n")
-    try:
-        return [json.loads(line) for line in lines[:-1]]
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not a log of a run: {error}") from error
+    lines: list[dict[str, Any]] = []
+    for number, text in enumerate(path.read_bytes().split(b"\n")[:-1], 1):
+        try:
+            line = json.loads(text)
+        except ValueError as error:
+            raise ValueError(f"{path} is not a log of a run: line {number} is not JSON ({error})") from error
+        if not isinstance(line, dict) or type(cast("dict[str, Any]", line).get("step")) is not int:
+            raise ValueError(f"{path} is not a log of a run: line {number} has no step")
+        lines.append(cast("dict[str, Any]", line))
+    return lines
 
 
 def curves(runs: Sequence[str | os.PathLike[str]]) -> dict[str, dict[str, list[tuple[int, float]]]]:
@@ -47,7 +53,7 @@ def curves(runs: Sequence[str | os.PathLike[str]]) -> dict[str, dict[str, list[t
             stream = line.get("validation")
             for panel in ("bits_per_byte",) if stream else ("loss", "gradient_norm", "tokens_per_second"):
                 value = line.get(panel)
-                if isinstance(value, (int, float)) and "warning" not in line:
+                if isinstance(value, (int, float)) and isfinite(value) and "warning" not in line:
                     found[panel].setdefault(f"{name}: {stream}" if stream else name, []).append((line["step"], value))
     return {panel: of_panel for panel, of_panel in found.items() if of_panel}
 

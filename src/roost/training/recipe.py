@@ -2,7 +2,9 @@
 
     model = "nestling"                    a preset (fresh weights) or a checkpoint file (further training)
     data = "corpus/nestling/train"        a .bin/.idx pair; for task "sft" and "dpo" one or more text files
-    valid = ["corpus/nestling/valid-x"]   optional held-out pairs, one loss each
+    valid = ["corpus/nestling/valid-x"]   optional held-out pairs, one loss each, and one per domain and language:
+                                          from the pair's report, or {path = ..., domain = ..., language = ...}
+    vocabulary = "words.txt"              optional, in the official text form; else the file's own, World or bytes
     ctx = 512                             tokens per row
     batch = 8                             rows per step, over all ranks
     steps = 1000                          and every other field of TrainConfig, TaskConfig and AdapterConfig
@@ -12,41 +14,45 @@
     packing = "windows"                   optional, of pretraining: or "documents", whole ones that leak nothing
     sample = "Once"                       optional: a text to write on from after every validation
 
-Owns: the keys, and the order defaults < rates of the adapter < recipe < overrides. An unknown key is an error that
-names the nearest.
+Owns: the keys, and the order defaults < rates to begin with < recipe < overrides; that all which can be refused is
+refused before weights are read. An unknown key is an error that names the nearest.
 Refuses to know: the loop, and how a task or an adapter works.
 """
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, NamedTuple, get_args
 
 import torch
 
-from roost.checks import choice, nearest, whole
+from roost.checkpoint import info, load, tokenizer_of
+from roost.checks import choice, nearest, usable_device, whole
 from roost.config import PRESETS, ModelConfig
-from roost.data.binidx import TokenFile
-from roost.data.loader import PackedLoader, TokenLoader
+from roost.data.batch import check_parts
 from roost.data.order import Order
-from roost.files import read_toml
+from roost.data.pairs import PairLoader
+from roost.data.sft import SftLoader
+from roost.files import read_toml, replacing
 from roost.inference.sampling import Sampling
 from roost.inference.stream import stream
 from roost.models.rwkv import RWKV
 from roost.tokenizer import WorldTokenizer
 from roost.training.adapter_config import AdapterConfig, default_rates
-from roost.training.adapters import prepare_model
+from roost.training.adapters import count_parameters, prepare_model
 from roost.training.config import TrainConfig
 from roost.training.loop import Progress, train
 from roost.training.loss import Objective
 from roost.training.reducer import Reducer
 from roost.training.segments import segmented_sums
-from roost.training.start import check_start
-from roost.training.task import TaskConfig, open_task
+from roost.training.start import check_packages, check_precision, check_start
+from roost.training.streams import Valid, held_out
+from roost.training.task import Data, TaskConfig, begin, open_data, summary
 from roost.training.validation import Held
 
 
@@ -61,7 +67,8 @@ class Recipe:
     data: tuple[str, ...]
     ctx: int
     batch: int
-    valid: tuple[str, ...]
+    valid: tuple[Valid, ...]
+    vocabulary: str
     segment: int
     truncate: int
     sample: str
@@ -73,7 +80,7 @@ class Recipe:
 
 
 OWN = {
-    **dict.fromkeys(("model", "sample", "order", "packing"), "str"),
+    **dict.fromkeys(("model", "sample", "order", "packing", "vocabulary"), "str"),
     **dict.fromkeys(("ctx", "batch", "segment", "truncate"), "int"),
     "data": "str or list",
     "valid": "list",
@@ -102,16 +109,16 @@ def read_recipe(path: str | os.PathLike[str], overrides: Mapping[str, Any] | Non
         adapter = AdapterConfig(**{key: value for key, value in given.items() if key in parts[AdapterConfig]})
         if given.get("pth") and adapter.adapter != "full":
             raise ValueError(f"{path}: pth is for whole models; this run writes an adapter: see roost merge")
-    numbers: dict[str, Any] = {}
-    if adapter and "lr" not in given:
-        numbers.update(default_rates(adapter.adapter, sizes_of(given["model"])))
-    numbers.update({key: value for key, value in given.items() if key in parts[TrainConfig]})
     task = TaskConfig(**{key: value for key, value in given.items() if key in parts[TaskConfig]})
+    numbers = {key: value for key, value in given.items() if key in parts[TrainConfig]}
+    config = _config(numbers, given["model"], task, adapter)
     segment, truncate = (whole(key, given.get(key, 0), 0) for key in ("segment", "truncate"))
     if truncate and not (segment and truncate % segment == 0):
         raise ValueError(f"{path}: truncate is {truncate}; it must be a multiple of segment = {segment}")
     if segment and task.task == "dpo":
         raise ValueError(f"{path}: segment does not go with task 'dpo'")
+    if not given["data"]:
+        raise ValueError(f"{path}: data is empty; name at least one file")
     data = (given["data"],) if isinstance(given["data"], str) else tuple(given["data"])
     order, packing = given.get("order", "shuffle"), given.get("packing", "windows")
     choice("order", order, get_args(Order))
@@ -120,8 +127,31 @@ def read_recipe(path: str | os.PathLike[str], overrides: Mapping[str, Any] | Non
         raise ValueError(f"{path}: order is {order!r}; only windows of pretraining have another order than 'shuffle'")
     if task.task != "pretrain" and "packing" in given:
         raise ValueError(f"{path}: packing is {packing!r}; task {task.task!r} always packs whole conversations")
-    rest = (tuple(given.get("valid", ())), segment, truncate, given.get("sample", ""), order, packing)
-    return Recipe(given["model"], data, given["ctx"], given["batch"], *rest, TrainConfig(**numbers), task, adapter)
+    valid = tuple(_valid(path, entry) for entry in given.get("valid", ()))
+    rest = (valid, given.get("vocabulary", ""), segment, truncate, given.get("sample", ""), order, packing)
+    return Recipe(given["model"], data, given["ctx"], given["batch"], *rest, config, task, adapter)
+
+
+def _config(numbers: dict[str, Any], model: str, task: TaskConfig, adapter: AdapterConfig | None) -> TrainConfig:
+    """The numbers of a run. Only a fresh model that is pretrained begins at TrainConfig's rates."""
+    if adapter is None and task.task == "pretrain" and model in PRESETS:
+        return TrainConfig(**numbers)
+    kind = adapter.adapter if adapter else "full"
+    rates: dict[str, Any] = dict(default_rates(kind, sizes_of(model), preferences=task.task == "dpo"))
+    if "lr" not in numbers or "lr_final" in numbers:
+        return TrainConfig(**{**rates, **numbers})
+    share = rates.pop("lr_final") / rates["lr"]
+    config = TrainConfig(**{**rates, **numbers})
+    return replace(config, lr_final=config.lr * share)
+
+
+def _valid(path: str | os.PathLike[str], entry: Any) -> Valid:
+    table: dict[str, Any] = entry if isinstance(entry, dict) else {"path": entry}
+    if not ({"path"} <= table.keys() <= set(Valid._fields) and all(isinstance(one, str) for one in table.values())):
+        raise ValueError(
+            f"{path}: valid holds {entry!r}; it must hold strings, or tables {{path = .., domain = .., language = ..}}"
+        )
+    return Valid(**table)
 
 
 def _check_type(path: str | os.PathLike[str], key: str, value: object, kind: str) -> None:
@@ -131,8 +161,40 @@ def _check_type(path: str | os.PathLike[str], key: str, value: object, kind: str
         wanted = (str, *lists) if kind.startswith("str") else lists
     if not isinstance(value, wanted) or (isinstance(value, bool) and kind != "bool"):
         raise ValueError(f"{path}: {key} is {value!r}; it must be {' or '.join(kind.__name__ for kind in wanted)}")
-    if isinstance(value, lists) and not all(isinstance(item, str) for item in value):
+    if isinstance(value, lists) and key != "valid" and not all(isinstance(item, str) for item in value):
         raise ValueError(f"{path}: {key} is {value!r}; it must hold strings only")
+
+
+class Files(NamedTuple):
+    """What a run reads besides weights, checked: the model's sizes and vocabulary, data, validation streams."""
+
+    sizes: ModelConfig
+    tokenizer: WorldTokenizer | None
+    data: Data
+    validation: dict[str, Held]
+
+
+def open_files(recipe: Recipe) -> Files:
+    """Open and check everything that a run reads, but no weights. Raises ValueError for what does not fit together."""
+    sizes, vocabulary = sizes_of(recipe.model), recipe.vocabulary
+    count_parameters(sizes, recipe.adapter)  # names of parts that do not exist
+    own = None if recipe.model in PRESETS else Path(recipe.model)
+    tokenizer = WorldTokenizer.from_file(vocabulary) if vocabulary else tokenizer_of(sizes.vocab_size, own)
+    if recipe.sample and tokenizer is None:
+        raise ValueError(f"sample is {recipe.sample!r}, but this model's vocabulary is not known: name its file")
+    data = open_data(
+        recipe.task,
+        recipe.data,
+        tokenizer,
+        ctx=recipe.ctx,
+        batch=recipe.batch,
+        vocab_size=sizes.vocab_size,
+        seed=recipe.config.seed,
+        order=recipe.order,
+        packing=recipe.packing,
+    )
+    check_parts("rows", recipe.batch, recipe.config.accumulate)
+    return Files(sizes, tokenizer, data, held_out(recipe.valid, tokenizer, sizes.vocab_size))
 
 
 def run_recipe(
@@ -142,77 +204,59 @@ def run_recipe(
     resume: bool = False,
     device: torch.device | str = "cpu",
     progress: Callable[[Progress], None] | None = None,
+    notice: Callable[[str], None] | None = None,
     reduce: Callable[[RWKV], Reducer] | None = None,
 ) -> Path:
     """Train as the recipe says and return the path of the final model; see `read_recipe` and `train` for errors.
 
-    `reduce` makes the ranks of a run on several devices from the model.
+    `notice` is told in one line what became of the lines of a text, which out/data.json keeps whole. `reduce` makes the
+    ranks of a run on several devices from the model.
     """
-    recipe = read_recipe(path, overrides)
-    config = recipe.config
-    model, tokenizer = open_model(recipe, device)
-    check_files(recipe, model.config.vocab_size)
-    if recipe.sample and tokenizer is None:
-        raise ValueError(f"sample is {recipe.sample!r}, but this model's vocabulary is not known")
-    check_start(config.out, resume=resume)
-    data, objective = open_task(recipe.task, recipe.data, model, tokenizer, config, ctx=recipe.ctx, batch=recipe.batch)
-    if recipe.packing == "documents":
-        data = PackedLoader(recipe.data[0], recipe.ctx, recipe.batch, seed=config.seed)
-    elif recipe.task.task == "pretrain":
-        data = TokenLoader(recipe.data[0], recipe.ctx, recipe.batch, seed=config.seed, order=recipe.order)
+    recipe, place = read_recipe(path, overrides), usable_device(device)
+    config, adapter = recipe.config, recipe.adapter
+    files = open_files(recipe)
+    check_precision(config, place)
+    out = check_start(config.out, resume=resume)
+    check_packages(config)
+    if notice and isinstance(files.data, (SftLoader, PairLoader)):
+        notice(summary(files.data))
+    model = open_model(recipe, place)
+    data, objective = begin(recipe.task, files.data, model, config, recipe.ctx)
     identity: dict[str, int | float | str] = {"segment": recipe.segment, "truncate": recipe.truncate}
-    adapted = prepare_model(model, recipe.adapter, seed=config.seed) if recipe.adapter else None
-    if recipe.adapter:
-        identity.update(recipe.adapter.identity)
-    whole_model = adapted is None or recipe.adapter is None or recipe.adapter.adapter == "full"
+    adapted = prepare_model(model, adapter, seed=config.seed) if adapter else None
+    if adapter:
+        identity.update(adapter.identity)
+    whole_model = adapted is None or adapter is None or adapter.adapter == "full"
+    reducer = reduce(model) if reduce else None
+    if isinstance(data, (SftLoader, PairLoader)) and (reducer is None or reducer.is_main):
+        _write_report(out / "data.json", recipe.data, data)
+    prompted = partial(write_on, tokenizer=files.tokenizer, prompt=recipe.sample) if files.tokenizer else None
     return train(
         model,
         data,
         config,
         objective=_segmented(objective, recipe),
-        validation=held_out(recipe, model.config.vocab_size),
-        sample=partial(write_on, tokenizer=tokenizer, prompt=recipe.sample) if recipe.sample and tokenizer else None,
+        validation=files.validation,
+        sample=prompted if recipe.sample else None,
         save_final=None if whole_model or adapted is None else adapted.save_final,
-        reduce=reduce(model) if reduce else None,
+        reduce=reducer,
         identity=identity,
         resume=resume,
         progress=progress,
     )
 
 
-def open_model(recipe: Recipe, device: torch.device | str) -> tuple[RWKV, WorldTokenizer | None]:
-    """The weights that a run starts from, fp32, and their tokenizer where it is known."""
+def open_model(recipe: Recipe, device: torch.device) -> RWKV:
+    """The weights that a run starts from, fp32."""
     if recipe.model in PRESETS:
-        config = PRESETS[recipe.model]
-        model = RWKV(config, init=recipe.config.init, seed=recipe.config.seed, device=device)
-        return model, tokenizer_of(config.vocab_size)
-    _check_model(recipe.model)
-    from roost.checkpoint import load
-
-    return load(recipe.model, device=device, dtype=torch.float32)
+        return RWKV(PRESETS[recipe.model], init=recipe.config.init, seed=recipe.config.seed, device=device)
+    return load(recipe.model, device=device, dtype=torch.float32)[0]
 
 
-def check_files(recipe: Recipe, vocab_size: int) -> None:
-    """Raise ValueError for token files that are missing, too short or of a larger vocabulary."""
-    named = [("data", recipe.data[0])] if recipe.task.task == "pretrain" and recipe.data else []
-    for name, path in (*named, *((f"valid {path}", path) for path in recipe.valid)):
-        file = TokenFile(path)
-        if len(file) < 2:
-            raise ValueError(f"{name} has {len(file)} token(s); at least 2 are needed")
-        largest = int(file.tokens.max())
-        if largest >= vocab_size:
-            raise ValueError(f"{name} holds token id {largest}; the model knows 0..{vocab_size - 1}")
-
-
-def held_out(recipe: Recipe, vocab_size: int) -> dict[str, Held]:
-    """The validation streams, by short names."""
-    if not recipe.valid:
-        return {}
-    lengths = byte_lengths(vocab_size)
-    streams = {
-        _short(name, recipe.valid): torch.from_numpy(TokenFile(name).tokens.astype("int64")) for name in recipe.valid
-    }
-    return {name: Held(tokens, lengths) for name, tokens in streams.items()}
+def _write_report(path: Path, files: Sequence[str], data: SftLoader | PairLoader) -> None:
+    content = json.dumps({"files": list(files), **asdict(data.documents.report)}, indent=1, ensure_ascii=False)
+    with replacing(path) as temporary:
+        temporary.write_text(content + "\n", encoding="utf-8")
 
 
 def write_on(model: RWKV, tokenizer: WorldTokenizer, prompt: str, tokens: int = 64) -> str:
@@ -227,35 +271,10 @@ def _segmented(objective: Objective, recipe: Recipe) -> Objective:
     return partial(segmented_sums, segment=recipe.segment, truncate=recipe.truncate or None, objective=objective)
 
 
-def _short(name: str, names: tuple[str, ...]) -> str:
-    """The file name of a validation set, or all of it when two sets share that."""
-    shared = [Path(other).name for other in names].count(Path(name).name) > 1
-    return name if shared else Path(name).name
-
-
 def sizes_of(model: str) -> ModelConfig:
     """The sizes of a preset or a checkpoint, without its weights."""
     if model in PRESETS:
         return PRESETS[model]
-    _check_model(model)
-    from roost.checkpoint import info
-
-    return info(model).config
-
-
-def _check_model(model: str) -> None:
     if not Path(model).exists():
         raise ValueError(f"model {model!r} is neither a file nor a preset; did you mean {nearest(model, PRESETS)!r}?")
-
-
-def tokenizer_of(vocab_size: int) -> WorldTokenizer | None:
-    """The tokenizer of a fresh model: of bytes, or RWKV's World."""
-    if vocab_size == 257:
-        return WorldTokenizer.byte_level()
-    return WorldTokenizer() if vocab_size >= 65536 else None
-
-
-def byte_lengths(vocab_size: int) -> torch.Tensor:
-    """Bytes each id stands for, (V,) int64: 0 for token 0 and for ids without bytes."""
-    tokenizer = WorldTokenizer.byte_level() if vocab_size == 257 else WorldTokenizer()
-    return torch.tensor([len(tokenizer.token_bytes(i)) if i < tokenizer.vocab_size else 0 for i in range(vocab_size)])
+    return info(model).config

@@ -12,6 +12,7 @@ from typing import Protocol
 
 from torch import Tensor, nn
 
+from roost.data.batch import Batches
 from roost.training.resume import Position, Settings, Trained, restore, save
 
 
@@ -31,6 +32,10 @@ class Reducer(Protocol):
     @property
     def is_main(self) -> bool:
         """Whether this rank writes logs, checkpoints and the model."""
+        ...
+
+    def shares(self, data: Batches, accumulate: int) -> Batches:
+        """What the loop takes this rank's `accumulate` shares of `ranks * accumulate` from: `data`, or a cut of it."""
         ...
 
     def sum_counts(self, count: int) -> int:
@@ -66,6 +71,10 @@ class Alone:
     """One process: nothing to add up."""
 
     rank, ranks, is_main = 0, 1, True
+
+    def shares(self, data: Batches, accumulate: int) -> Batches:
+        """The data."""
+        return data
 
     def sum_counts(self, count: int) -> int:
         """The count."""

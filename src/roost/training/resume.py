@@ -8,6 +8,7 @@ Refuses to know: how a step is made.
 from __future__ import annotations
 
 import pickle
+import shutil
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,6 +22,10 @@ from roost.training.metrics import trim
 
 Settings = Mapping[str, Any]
 """Everything that decides the losses of a run: numbers, model and data, by name."""
+
+
+UNFINISHED = "unfinished.dcp"
+"""The name of a sharded checkpoint while it is being written."""
 
 
 class Position(NamedTuple):
@@ -42,20 +47,24 @@ class Trained(NamedTuple):
         return {name: value for name, value in self.model.named_parameters() if value.requires_grad}
 
 
-def checkpoints(out: Path) -> list[Path]:
-    """The complete checkpoints of a run, oldest first."""
-    named = (path for path in out.glob("step-*.pt") if path.stem.removeprefix("step-").isdecimal())
+def checkpoints(out: Path, ending: str = "pt") -> list[Path]:
+    """The complete checkpoints of a run, oldest first; ending "dcp": those of a sharded one."""
+    named = (path for path in out.glob(f"step-*.{ending}") if path.stem.removeprefix("step-").isdecimal())
     return sorted(named, key=lambda path: int(path.stem.removeprefix("step-")))
 
 
 def trace_of_a_run(out: Path) -> Path | None:
     """A file that shows that `out` holds a run, or None."""
-    candidates = [*checkpoints(out), out / "final.safetensors", out / "log.jsonl"]
+    written = (out / name for name in ("final.safetensors", "final.pth", "adapter.safetensors", "log.jsonl"))
+    candidates = [*checkpoints(out), *checkpoints(out, "dcp"), *written]
     return next((path for path in candidates if path.exists()), None)
 
 
 def save(out: Path, position: Position, trained: Trained, settings: Settings, keep: int) -> Path:
-    """Write step-N.pt atomically, then drop all but the newest `keep`. Raises OSError when the disk is full."""
+    """Write step-N.pt atomically, then drop all but the newest `keep`. Raises OSError when the disk is full.
+
+    A directory that has vanished is made again.
+    """
     content = {
         "step": position.step,
         "bad": position.bad,
@@ -64,6 +73,7 @@ def save(out: Path, position: Position, trained: Trained, settings: Settings, ke
         "optimiser": trained.optimiser.state_dict(),
         "scaler": trained.scaler.state_dict(),
     }
+    out.mkdir(parents=True, exist_ok=True)
     path = out / f"step-{position.step}.pt"
     with replacing(path) as temporary, disk_errors(path):
         torch.save(content, temporary)
@@ -87,7 +97,7 @@ def restore(out: Path, trained: Trained, settings: Settings) -> Position:
     Raises ValueError when the checkpoint is damaged, or when a setting differs from the one it was trained with.
     """
     saved = checkpoints(out)
-    if not saved and any(out.glob("step-*.dcp")):
+    if not saved and checkpoints(out, "dcp"):
         raise ValueError(f"{out} holds a sharded run: resume it sharded, or choose another directory")
     return _load(saved, trained, settings) if saved else Position()
 
@@ -95,6 +105,7 @@ def restore(out: Path, trained: Trained, settings: Settings) -> Position:
 def tidy(out: Path, position: Position) -> None:
     """Clear what a killed process left half-written, and the log after `position`."""
     clear_abandoned(out)
+    shutil.rmtree(out / UNFINISHED, ignore_errors=True)
     trim(out / "log.jsonl", position.step)
 
 

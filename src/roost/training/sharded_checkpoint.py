@@ -22,27 +22,21 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from roost.files import replacing
-from roost.training.resume import Position, Settings, Trained, checkpoints, same_settings
+from roost.training.resume import UNFINISHED, Position, Settings, Trained, checkpoints, same_settings
 
 OnMain = Callable[[Callable[[], Path]], Path]
-"""Calls a function on the main rank and returns its answer, or raises its OSError, on every rank."""
-
-
-def sharded_checkpoints(out: Path) -> list[Path]:
-    """The complete sharded checkpoints of a run, oldest first."""
-    named = (path for path in out.glob("step-*.dcp") if path.stem.removeprefix("step-").isdecimal())
-    return sorted(named, key=lambda path: int(path.stem.removeprefix("step-")))
+"""Calls a function on the main rank and returns its answer, or raises its error, on every rank."""
 
 
 def save_sharded(
     out: Path, position: Position, trained: Trained, settings: Settings, keep: int, on_main: OnMain
 ) -> Path:
     """Write step-N.dcp, then drop all but the newest `keep`; every rank calls it. Raises OSError on every rank."""
-    unfinished = out / "unfinished.dcp"
+    unfinished = out / UNFINISHED
 
     def begin() -> Path:
         shutil.rmtree(unfinished, ignore_errors=True)
-        unfinished.mkdir()
+        unfinished.mkdir(parents=True)  # also where `out` has vanished
         return unfinished
 
     def finish() -> Path:
@@ -52,7 +46,7 @@ def save_sharded(
             temporary.write_text(json.dumps(content), encoding="utf-8")
         shutil.rmtree(path, ignore_errors=True)
         unfinished.rename(path)
-        for old in sharded_checkpoints(out)[:-keep]:
+        for old in checkpoints(out, "dcp")[:-keep]:
             shutil.rmtree(old)
         return path
 
@@ -70,7 +64,7 @@ def restore_sharded(out: Path, trained: Trained, settings: Settings) -> Position
     Raises ValueError when it is damaged, when a setting or a trained parameter differs, and when the run was saved
     unsharded.
     """
-    saved = sharded_checkpoints(out)
+    saved = checkpoints(out, "dcp")
     if not saved:
         if checkpoints(out):
             raise ValueError(f"{checkpoints(out)[-1]} was saved unsharded: resume it so, or choose another directory")

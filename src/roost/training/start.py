@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
+from importlib import import_module
 from math import ceil
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -60,13 +61,29 @@ def check_run(
     trained = {p.dtype for p in model.parameters() if p.requires_grad}
     if trained - {torch.float32, torch.float64}:
         raise ValueError(f"the weights are {model.dtype}: training needs fp32; precision='bf16' is for products")
-    if config.precision == "fp16" and model.device.type == "cpu":
-        raise ValueError("precision is 'fp16' on a CPU, which gains nothing and loses range: choose 'bf16' or 'fp32'")
+    check_precision(config, model.device)
     if storable:
         check_storable(model.config)
     for name, held in (validation or {}).items():
         if len(held.tokens) < 2:
             raise ValueError(f"the validation stream {name} has {len(held.tokens)} token(s); at least 2 are needed")
+
+
+def check_precision(config: TrainConfig, device: torch.device) -> None:
+    """Raise ValueError for a precision that is not for this device."""
+    if config.precision == "fp16" and device.type == "cpu":
+        raise ValueError("precision is 'fp16' on a CPU, which gains nothing and loses range: choose 'bf16' or 'fp32'")
+
+
+def check_packages(config: TrainConfig) -> None:
+    """Raise ValueError when the log goes where a package that is not installed would take it."""
+    wanted = (config.tensorboard, "tensorboard", "torch.utils.tensorboard"), (config.wandb, "wandb", "wandb")
+    for value, package, module in wanted:
+        try:
+            if value:
+                import_module(module)
+        except ImportError as error:
+            raise ValueError(f"{package} = {value!r} needs a package: pip install {package}") from error
 
 
 def check_start(out: str, *, resume: bool) -> Path:

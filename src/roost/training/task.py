@@ -6,25 +6,33 @@ Refuses to know: recipes as files, the loop, what a loss is.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
-from typing import Literal, cast, get_args
+from typing import Any, Literal, cast, get_args
+
+import numpy as np
 
 from roost.checks import choice, instance, whole
-from roost.data.batch import Batch, Batches
+from roost.data.batch import Batch
 from roost.data.conversations import BadLines, Template
-from roost.data.loader import TokenLoader
-from roost.data.pairs import PairLoader, read_pairs
+from roost.data.loader import PackedLoader, TokenLoader
+from roost.data.order import Order
+from roost.data.pairs import PairLoader, Reference, read_pairs
 from roost.data.sft import LongConversations, SftLoader, check_roles, read_conversations
 from roost.models.rwkv import RWKV
 from roost.tokenizer import WorldTokenizer
 from roost.training.config import TrainConfig
 from roost.training.dpo import Dpo, check_numbers, reference_logprobs
 from roost.training.loss import Objective, Sums, next_token_sums, token_sums
+from roost.training.streams import check_vocabulary
 
 Kind = Literal["pretrain", "sft", "dpo"]
 """The tasks."""
+
+Data = TokenLoader | PackedLoader | SftLoader | PairLoader
+"""What a task reads from."""
 
 _ONLY: dict[str, tuple[Kind, ...]] = {
     "loss_on": ("sft",),
@@ -85,57 +93,80 @@ class TaskConfig:
                 )
 
 
-def open_task(
+def open_data(
     task: TaskConfig,
-    data: tuple[str, ...],
-    model: RWKV,
+    paths: Sequence[str],
     tokenizer: WorldTokenizer | None,
-    config: TrainConfig,
     *,
     ctx: int,
     batch: int,
-) -> tuple[Batches, Objective]:
-    """The data and the objective of a run. Call it with the weights that training starts from.
+    vocab_size: int,
+    seed: int = 0,
+    order: Order = "shuffle",
+    packing: str = "windows",
+) -> Data:
+    """The data of a run, read and checked without the model. Pairs of "dpo" have no reference yet: see `begin`.
 
-    data       for "pretrain" one token file; else .jsonl, .jsonl.gz or text files
+    paths      for "pretrain" one token file; else .jsonl, .jsonl.gz or text files
     tokenizer  of the model; only "pretrain" does without
-    config     its seed, precision, l2wrap and out (the directory, for the reference of "dpo")
-    ctx        positions a row holds at most;  batch: rows a step ("dpo": pairs a step)
+    ctx        positions a row holds at most;  batch: rows a step ("dpo": pairs a step);  vocab_size: ids of the model
+    order, packing   of "pretrain": see TokenLoader; packing "documents": PackedLoader
 
-    What was read, cut and left out: `documents.report` of the data, for sft and dpo. Raises ValueError for unusable
-    data, and when the vocabularies do not fit together.
+    Raises ValueError for unusable data, and when the vocabularies do not fit together.
     """
     ctx, batch = whole("ctx", ctx, 1), whole("batch", batch, 1)
-    if task.task == "pretrain":
-        if len(data) != 1:
-            raise ValueError(f"data is {list(data)}; pretraining reads one token file")
-        return TokenLoader(data[0], ctx, batch, seed=config.seed), partial(next_token_sums, l2wrap=config.l2wrap)
-    if not data:
+    if not paths:
         raise ValueError("data is empty; name at least one file")
-    instance("tokenizer", tokenizer, WorldTokenizer, "conversations are text: the model needs its vocabulary")
-    assert tokenizer is not None
-    if tokenizer.vocab_size > model.config.vocab_size:
-        raise ValueError(f"the tokenizer has {tokenizer.vocab_size} ids, the model only {model.config.vocab_size}")
+    if tokenizer is not None and tokenizer.vocab_size > vocab_size:
+        raise ValueError(f"the tokenizer has {tokenizer.vocab_size} ids, the model only {vocab_size}")
+    if task.task == "pretrain":
+        if len(paths) != 1:
+            raise ValueError(f"data is {list(paths)}; pretraining reads one token file")
+        if packing == "documents":
+            data = PackedLoader(paths[0], ctx, batch, seed=seed)
+        else:
+            data = TokenLoader(paths[0], ctx, batch, seed=seed, order=order)
+        check_vocabulary(data.file, tokenizer, vocab_size)
+        return data
+    if tokenizer is None:
+        raise ValueError(f"task {task.task!r} reads text, and this model's vocabulary is not known: name its file")
+    how: dict[str, Any] = {"template": task.template, "long": task.long, "bad_lines": task.bad_lines}
     if task.task == "sft":
-        documents = read_conversations(
-            data,
-            tokenizer,
-            ctx,
-            loss_on=task.loss_on,
-            template=task.template,
-            long=task.long,
-            bad_lines=task.bad_lines,
-        )
-        return SftLoader(documents, ctx, batch, seed=config.seed), partial(answer_sums, l2wrap=config.l2wrap)
-    pairs = read_pairs(data, tokenizer, ctx, template=task.template, long=task.long, bad_lines=task.bad_lines)
+        documents = read_conversations(paths, tokenizer, ctx, loss_on=task.loss_on, **how)
+        return SftLoader(documents, ctx, batch, seed=seed)
+    pairs = read_pairs(paths, tokenizer, ctx, **how)
+    unknown = Reference(np.zeros(len(pairs), np.float32), "")
+    return PairLoader(pairs, unknown, batch, seed=seed)
+
+
+def begin(task: TaskConfig, data: Data, model: RWKV, config: TrainConfig, ctx: int) -> tuple[Data, Objective]:
+    """The data and the objective of a run that starts from these weights; the reference of "dpo" is made or read here.
+
+    config  its precision, l2wrap and out (the directory, for the reference)
+    """
+    if task.task == "pretrain":
+        return data, partial(next_token_sums, l2wrap=config.l2wrap)
+    if not isinstance(data, PairLoader):
+        return data, partial(answer_sums, l2wrap=config.l2wrap)
     path = Path(task.reference) if task.reference else Path(config.out) / "reference.safetensors"
     if not task.reference:
         path.parent.mkdir(parents=True, exist_ok=True)
-    objective = Dpo(task.beta, task.label_smoothing, task.normalise)
+    objective, pairs = Dpo(task.beta, task.label_smoothing, task.normalise), data.documents
     reference = reference_logprobs(
         model, pairs, path, precision=config.precision, normalise=task.normalise, tokens=max(ctx, 8192)
     )
-    return PairLoader(pairs, reference, batch, seed=config.seed, settings={"objective": repr(objective)}), objective
+    return PairLoader(pairs, reference, data.batch, seed=data.seed, settings={"objective": repr(objective)}), objective
+
+
+def summary(data: SftLoader | PairLoader) -> str:
+    """One line on what became of the lines of a text."""
+    report = data.documents.report
+    found = [f"{report.kept:,} {'pairs' if isinstance(data, PairLoader) else 'conversations'}"]
+    if report.bad_lines:
+        found[0] += f", {report.bad_lines:,} bad line{'s' * (report.bad_lines > 1)}: {report.first_bad[0]}"
+    found += [f"{report.shortened:,} shortened"] * (report.shortened > 0)
+    found += [f"{report.too_long:,} too long"] * (report.too_long > 0)
+    return "; ".join(found)
 
 
 def answer_sums(model: RWKV, batch: Batch, l2wrap: float = 0.0) -> Sums:

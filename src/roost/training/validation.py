@@ -33,13 +33,13 @@ class Figures(NamedTuple):
     bytes: int
 
     def line(self, name: str) -> dict[str, Any]:
-        """Loss in nats per token, perplexity and bits per byte, as a log line."""
+        """Loss in nats per token, perplexity and bits per byte (None where no token has known bytes), as a log line."""
         loss = self.nats / max(self.tokens, 1)
         perplexity = exp(loss) if loss < 700 else inf
         numbers = {
             "loss": loss,
             "perplexity": perplexity,
-            "bits_per_byte": self.nats / log(2) / max(self.bytes, 1),
+            "bits_per_byte": self.nats / log(2) / self.bytes if self.bytes else inf,
         }
         finite = {key: value if isfinite(value) else None for key, value in numbers.items()}
         return {"validation": name, **finite, "tokens": self.tokens}
