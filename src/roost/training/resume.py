@@ -24,8 +24,13 @@ Settings = Mapping[str, Any]
 """Everything that decides the losses of a run: numbers, model and data, by name."""
 
 
+_UNREADABLE = (RuntimeError, EOFError, KeyError, TypeError, AttributeError, OSError, zipfile.BadZipFile)
+
 UNFINISHED = "unfinished.dcp"
 """The name of a sharded checkpoint while it is being written."""
+
+FINAL = ("final.safetensors", "final.pth", "adapter.safetensors")
+"""What a finished run leaves."""
 
 
 class Position(NamedTuple):
@@ -55,7 +60,7 @@ def checkpoints(out: Path, ending: str = "pt") -> list[Path]:
 
 def trace_of_a_run(out: Path) -> Path | None:
     """A file that shows that `out` holds a run, or None."""
-    written = (out / name for name in ("final.safetensors", "final.pth", "adapter.safetensors", "log.jsonl"))
+    written = (out / name for name in (*FINAL, "log.jsonl"))
     candidates = [*checkpoints(out), *checkpoints(out, "dcp"), *written]
     return next((path for path in candidates if path.exists()), None)
 
@@ -118,17 +123,21 @@ def _load(saved: list[Path], trained: Trained, settings: Settings) -> Position:
         content: dict[str, Any] = torch.load(path, map_location=trained.model.device, weights_only=True)
         stored, weights, moments = (content[key] for key in ("settings", "model", "optimiser"))
         position, scale = Position(content["step"], content["bad"]), content["scaler"]
-    except (RuntimeError, EOFError, KeyError, TypeError, OSError, zipfile.BadZipFile, pickle.UnpicklingError) as error:
+        if path.stem != f"step-{position.step}" or not all(isinstance(x, dict) for x in (stored, weights, moments)):
+            raise RuntimeError(f"its contents are not those of a checkpoint of step {path.stem.removeprefix('step-')}")
+        same_settings(path, stored, settings)
+        parameters = trained.parameters()
+        if {name: value.shape for name, value in weights.items()} != {n: p.shape for n, p in parameters.items()}:
+            odd = sorted(weights.keys() ^ parameters.keys()) or ["a shape"]
+            raise ValueError(f"{path} holds other trained parameters than this run: {odd[0]} differs")
+        if position.step > position.bad and len(moments["state"]) != len(parameters):
+            raise RuntimeError("the optimiser's moments are not in it")
+        trained.optimiser.load_state_dict(moments)
+        trained.scaler.load_state_dict(scale)
+    except (*_UNREADABLE, pickle.UnpicklingError) as error:
         before = f"; the run then goes on from {saved[-2].name}" if len(saved) > 1 else "; the run then starts anew"
         raise ValueError(f"{path} is damaged: delete it{before} ({error})") from error
-    same_settings(path, stored, settings)
-    parameters = trained.parameters()
-    if {name: value.shape for name, value in weights.items()} != {n: p.shape for n, p in parameters.items()}:
-        odd = sorted(weights.keys() ^ parameters.keys()) or ["a shape"]
-        raise ValueError(f"{path} holds other trained parameters than this run: {odd[0]} differs")
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(weights[name])
-    trained.optimiser.load_state_dict(moments)
-    trained.scaler.load_state_dict(scale)
     return position

@@ -20,7 +20,7 @@ from roost.data.batch import Batches
 from roost.models.rwkv import RWKV, check_storable, fingerprint_of
 from roost.training.config import FREE, TrainConfig
 from roost.training.reducer import Reducer
-from roost.training.resume import trace_of_a_run
+from roost.training.resume import FINAL, trace_of_a_run
 from roost.training.validation import Held
 
 
@@ -87,7 +87,11 @@ def check_packages(config: TrainConfig) -> None:
 
 
 def check_start(out: str, *, resume: bool) -> Path:
-    """Make the directory of a run. Raises ValueError when it holds a run and `resume` is false, or is a file."""
+    """Make the directory of a run.
+
+    Raises ValueError when it is a file, when it holds a run and `resume` is false, and when it holds a finished one
+    without a checkpoint, which a resume would begin anew.
+    """
     path = Path(out)
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -96,6 +100,11 @@ def check_start(out: str, *, resume: bool) -> Path:
     trace = trace_of_a_run(path)
     if trace and not resume:
         raise ValueError(f"{path} already holds a run ({trace.name}): resume it, or choose another directory")
+    if trace and trace.name in FINAL:
+        raise ValueError(
+            f"{path} holds a finished run ({trace.name}) and no checkpoint, so there is nothing to resume: choose"
+            " another directory"
+        )
     return path
 
 
