@@ -21,6 +21,7 @@ def test_files_directories_and_globs(tmp_path: Path) -> None:
     assert found("b") == ["b/sub/y.py", "b/x.py", "b/z.md"]
     assert found("b", include=("*.py",)) == ["b/sub/y.py", "b/x.py"]
     assert found("c*.txt", "a.jsonl", "c1.txt") == ["c1.txt", "c2.txt", "a.jsonl"]
+    assert found("a.jsonl", "b/../a.jsonl") == ["a.jsonl"]
     assert found("**/*.py") == ["b/sub/y.py", "b/x.py"]
     for path, message in (("none*", "finds no files"), ("none", "no such file")):
         with pytest.raises(ValueError, match=message):

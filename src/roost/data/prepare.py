@@ -114,6 +114,10 @@ def _cores() -> int:
 
 def _check(prefix: Path, files: Sequence[Path]) -> None:
     """What can be refused before any work."""
+    if not prefix.name:
+        raise ValueError(f"the output {str(prefix)!r} has no name: give a prefix such as corpus")
+    if Path(f"{prefix}.parts").is_file():
+        raise ValueError(f"{prefix}.parts is in the way: it has to be a directory for what is half finished")
     if not prefix.parent.is_dir():
         raise ValueError(f"cannot write {prefix}.bin: the directory {prefix.parent} does not exist")
     read = {file.resolve() for file in files}

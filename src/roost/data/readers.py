@@ -1,7 +1,7 @@
 """Files to documents: jsonl, parquet and plain text, also compressed.
 
-Owns: what a document is. Every line {"text": ...} of .jsonl and .ndjson, every row of .parquet, every other file whole;
-.gz and .zst are opened on the way. A line or row that holds no text is a `Bad` one, with its place.
+Owns: what a document is. Every line {"text": ...} of .jsonl and .ndjson that is not blank, every row of .parquet, every
+other file whole; .gz and .zst are opened on the way. A line or row that holds no text is a `Bad` one, with its place.
 Refuses to know: tokens, filters, what happens to bad lines.
 """
 
@@ -155,6 +155,8 @@ def _lines(path: Path, field: str, file: IO[bytes], raw: IO[bytes], start: int, 
         if 0 <= end <= at:
             return
         at += len(line)
+        if line.isspace():
+            continue
         document = _text(line, field, quick) or _text(line, field, json.loads)
         if document is None:
             before = _count_lines(path, start) if start else 0

@@ -213,7 +213,7 @@ def _kept(unit: Unit, facts: _Facts, done: Callable[[int], None]) -> Iterator[by
                 done(told)
             if isinstance(document, Bad):
                 if unit.bad_lines == "fail":
-                    raise ValueError(str(document))
+                    raise ValueError(f'{document} (bad_lines = "skip" leaves such lines out and counts them)')
                 facts.drop("bad line")
                 facts.bad += [str(document)] if len(facts.bad) < SHOWN else []
                 continue

@@ -172,7 +172,10 @@ def files_of(source: Source) -> list[Path]:
         if not inside:
             raise ValueError(f"the source {source.name!r} finds no files at {path}")
         found += inside
-    return list(dict.fromkeys(found))
+    once: dict[str, Path] = {}
+    for file in found:  # however its name is written
+        once.setdefault(str(file.resolve()), file)
+    return list(once.values())
 
 
 def _matching(pattern: str) -> list[Path]:

@@ -39,15 +39,20 @@ def length_of(data: Batches, config: TrainConfig) -> Length:
     if tokens == 0:
         raise ValueError("the first batch of the data is empty")
     if config.steps:
-        return Length(config.steps, config.steps, tokens)
+        return _length(config.steps, tokens)
     if config.tokens:
-        return Length(ceil(config.tokens / tokens), config.tokens / tokens, tokens)
+        return _length(config.tokens / tokens, tokens)
     windows, batch = getattr(data, "windows", None), getattr(data, "batch", None)
     epoch = windows / batch if windows and batch else None
     epoch = getattr(data, "steps_per_epoch", epoch)
     if epoch is None:
         raise ValueError(f"epochs = {config.epochs:g}, but this data does not know its length: give steps or tokens")
-    exact = config.epochs * float(epoch)
+    return _length(config.epochs * float(epoch), tokens)
+
+
+def _length(exact: float, tokens: float) -> Length:
+    if not exact <= 1e15:
+        raise ValueError("the run would make more than 1e15 steps: lower steps, tokens or epochs")
     return Length(ceil(exact), exact, tokens)
 
 
