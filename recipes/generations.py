@@ -75,8 +75,8 @@ def plot(curves: Curves, path: Path) -> None:
     figure = Figure(figsize=(5 * (1 + len(texts)), 4), layout="constrained")
     places = figure.subplots(1, 1 + len(texts))
     for number, (generation, runs) in enumerate(curves.items()):
-        for first, lines in zip([True] + [False] * len(runs), runs.values(), strict=False):
-            style: dict[str, Any] = {"color": f"C{number}", "linewidth": 1, "label": generation if first else None}
+        for i, lines in enumerate(runs.values()):
+            style: dict[str, Any] = {"color": f"C{number}", "linewidth": 1, "label": None if i else generation}
             points = [(line["step"], line["loss"]) for line in lines if "lr" in line]
             smooth = [(points[i][0], mean(y for _, y in points[max(0, i - 4) : i + 1])) for i in range(4, len(points))]
             places[0].plot(*zip(*smooth, strict=True), **style)

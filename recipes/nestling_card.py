@@ -1,16 +1,15 @@
 """Measure nestling and write its model card: docs/nestling.md and docs/nestling.png.
 
-    python recipes/nestling_card.py --run runs/nestling --corpus corpus/nestling
+    python recipes/nestling_card.py --run runs/nestling --eagle runs/nestling-eagle --corpus corpus/nestling
 
-Every figure on the card is measured here: bits per byte of the held-out texts, each document read from its boundary,
-beside xz -9e, beside adaptive byte models of order 0 to 3 that start untrained like xz does, and beside the untrained
-network.
+Every figure after the card's mark is measured here: bits per byte of the held-out texts, each document read from its
+boundary, beside xz -9e, an Eagle of the same size and training, adaptive byte models of order 0 to 3 that start
+untrained like xz does, and the untrained network.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import lzma
 import math
 import time
@@ -21,6 +20,7 @@ import torch
 
 import roost
 from roost.data.binidx import TokenFile
+from roost.training.plot import read_log
 
 EXAMPLE = Path(roost.__file__).parent / "assets" / "example.txt"
 PROMPTS = ("It is a truth universally acknowledged, that ", "And it came to pass, that ", "HAMLET. ", "Call me ")
@@ -61,16 +61,17 @@ def predicted(model: roost.RWKV, texts: list[bytes]) -> float:
     return sum(score.bits for score in scores) / sum(score.bytes for score in scores)
 
 
-def table(model: roost.RWKV, fresh: roost.RWKV, texts: dict[str, list[bytes]]) -> str:
+def table(model: roost.RWKV, eagle: roost.RWKV, fresh: roost.RWKV, texts: dict[str, list[bytes]]) -> str:
     """Markdown: one row per text."""
     rows = [
-        "| text | bytes | nestling | xz -9e | order 0 | order 1 | order 2 | order 3 | untrained network |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| text | bytes | nestling | xz -9e | nestling-eagle | order 0 | order 1 | order 2 | order 3 | untrained |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for name, parts in texts.items():
-        text, scores = b"".join(parts), [predicted(m, parts) for m in (model, fresh)]
+        text, scores = b"".join(parts), [predicted(m, parts) for m in (model, eagle, fresh)]
         orders = [adaptive(text, order) for order in range(4)]
-        cells = [f"**{scores[0]:.3f}**", f"{xz(text):.3f}", *(f"{bits:.3f}" for bits in orders), f"{scores[1]:.3f}"]
+        others = (xz(text), scores[1], *orders, scores[2])
+        cells = [f"**{scores[0]:.3f}**", *(f"{bits:.3f}" for bits in others)]
         rows.append(f"| {name} | {len(text):,} | " + " | ".join(cells) + " |")
         print(rows[-1], flush=True)
     return "\n".join(rows)
@@ -87,42 +88,45 @@ def samples(model: roost.RWKV) -> str:
     return "\n\n".join(blocks)
 
 
-def plot(log: list[dict[str, float | str]], path: Path) -> None:
-    """Training loss (running mean) and validation bits per byte over steps."""
+def plot(logs: dict[str, list[dict[str, float | str]]], path: Path) -> None:
+    """Held-out bits per byte over steps, the first run drawn through, the second dashed; the training loss behind."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
-    steps = [line["step"] for line in log if "lr" in line]
-    bits = [line["loss"] / math.log(2) for line in log if "lr" in line]
     width = 10
-    smooth = [sum(bits[max(0, i - width) : i + 1]) / len(bits[max(0, i - width) : i + 1]) for i in range(len(bits))]
-    axes.plot(steps, smooth, color="0.6", label="training (running mean)")
-    for name in sorted({line["validation"] for line in log if "validation" in line}):
-        points = [(line["step"], line["bits_per_byte"]) for line in log if line.get("validation") == name]
-        axes.plot(*zip(*points, strict=True), marker="o", markersize=3, label=name)
-    axes.set(xlabel="step", ylabel="bits per byte", ylim=(1.2, 4.0), title="nestling")
+    for (run, log), line, grey in zip(logs.items(), ("-", "--"), ("0.6", "0.8"), strict=True):
+        steps = [entry["step"] for entry in log if "lr" in entry]
+        bits = [entry["loss"] / math.log(2) for entry in log if "lr" in entry]
+        smooth = [sum(bits[max(0, i - width) : i + 1]) / len(bits[max(0, i - width) : i + 1]) for i in range(len(bits))]
+        axes.plot(steps, smooth, color=grey, label=f"{run}: training (running mean)", zorder=0)
+        for i, name in enumerate(sorted({entry["validation"] for entry in log if "validation" in entry})):
+            points = [(entry["step"], entry["bits_per_byte"]) for entry in log if entry.get("validation") == name]
+            axes.plot(*zip(*points, strict=True), line, color=f"C{i}", marker="o", markersize=3, label=f"{run}: {name}")
+    axes.set(xlabel="step", ylabel="bits per byte", ylim=(1.2, 4.0))
     axes.grid(alpha=0.3)
-    axes.legend()
+    axes.legend(fontsize="small", ncols=2)
     figure.savefig(path, dpi=110)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--run", type=Path, default=Path("runs/nestling"))
+    parser.add_argument("--eagle", type=Path, default=Path("runs/nestling-eagle"))
     parser.add_argument("--corpus", type=Path, default=Path("corpus/nestling"))
     parser.add_argument("--docs", type=Path, default=Path("docs"))
     options = parser.parse_args()
     started = time.perf_counter()
-    log = [json.loads(line) for line in (options.run / "log.jsonl").read_text().splitlines()]
-    model, _ = roost.load(options.run / "final.safetensors", dtype=torch.float32)
+    runs = {"nestling": options.run, "nestling-eagle": options.eagle}
+    model = roost.load("nestling")[0]  # as it ships: rounded to bf16
+    eagle = roost.load(options.eagle / "final.safetensors", dtype=torch.float32)[0]
     fresh = roost.RWKV(roost.PRESETS["nestling"], seed=7)
-    plot(log, options.docs / "nestling.png")
+    plot({name: read_log(run) for name, run in runs.items()}, options.docs / "nestling.png")
     card = options.docs / "nestling.md"
     before, marker, _ = card.read_text(encoding="utf-8").partition("<!-- measured -->\n")
-    text = "\n\n".join([table(model, fresh, documents(options.corpus)), "## Samples", samples(model)])
+    text = "\n\n".join([table(model, eagle, fresh, documents(options.corpus)), "## Samples", samples(model)])
     card.write_text(before + marker + "\n" + text + "\n", encoding="utf-8")
     print(f"{card} in {time.perf_counter() - started:.0f} s")
 

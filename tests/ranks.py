@@ -17,6 +17,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
@@ -24,7 +25,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 
 from roost.data.batch import Batch, check_parts
-from roost.data.pairs import read_pairs
+from roost.data.pairs import PairLoader, Reference, read_pairs
 from roost.data.sft import packed_batch
 from roost.models.rwkv import RWKV
 from roost.ops import wkv
@@ -34,7 +35,7 @@ from roost.training.adapters import prepare_model
 from roost.training.config import TrainConfig
 from roost.training.context_parallel import context_parallel, scanned_wkv, time_share
 from roost.training.distributed import DataParallel, Sharded, process_group
-from roost.training.dpo import answer_logprobs, reference_logprobs
+from roost.training.dpo import Dpo, answer_logprobs, reference_logprobs
 from roost.training.loop import train
 from roost.training.loss import next_token_sums
 from roost.training.reducer import Reducer
@@ -130,6 +131,7 @@ def replicas(out: Path) -> None:
         together(name, out / name, DataParallel, accumulate=2, seed=dist.get_rank(), adapter=adapter)
     refusals(out)
     references(out)
+    figures(out)
 
 
 def one_replica(out: Path) -> None:
@@ -188,6 +190,21 @@ def references(out: Path) -> None:
         for i in range(len(pairs)):
             wanted = answer_logprobs(model, packed_batch(pairs, [i]))
             assert abs(found[i] - float(wanted)) < 1e-5 * abs(float(wanted)), i
+
+
+def figures(out: Path) -> None:
+    """Those of DPO are of the pairs of all ranks, and so is the largest of a count."""
+    rank, model = dist.get_rank(), tiny_model()
+    ranks = DataParallel(model)
+    assert ranks.max_counts(2 * rank) == 2
+    pairs = read_pairs([out / f"pairs-{rank}.jsonl"], WorldTokenizer.byte_level(), 64)
+    values = np.linspace(-20, 0, len(pairs), dtype=np.float32)
+    loader, whole, share = PairLoader(pairs, Reference(values, ""), 4), Dpo(), Dpo()
+    with torch.no_grad():
+        whole(model, loader.batch_at(0))
+        share(model, loader.batch_at(0, rank, 2))
+    found, wanted = share.figures(ranks.sum_values), whole.figures()
+    assert wanted["reward_margin"] and all(abs(found[key] - wanted[key]) <= 1e-5 * abs(wanted[key]) for key in wanted)
 
 
 def sharded(out: Path) -> None:

@@ -22,9 +22,19 @@ def test_reading_bar() -> None:
     assert "2048/2048" in shown and "tokens/s" in shown and "state 1.6 MB" in shown and "left" in shown
 
 
+def test_preparing_bar() -> None:
+    screen = io.StringIO()
+    with terminal.preparing(Console(file=screen, force_terminal=True, width=120)) as show:
+        show(1_000_000, 4_000_000, 0.0, 0.0)
+        show(2_000_000, 4_000_000, 0.02, 100.0)
+    assert "preparing" in screen.getvalue() and "2.0 MB of 4.0 MB  0.0 MB/s  1:40 left" in screen.getvalue()
+
+
 def test_nothing_is_drawn_where_there_is_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:
     with terminal.reading("reading", 10) as progress:
         progress(1, 2)
+    with terminal.preparing() as show:
+        show(1, 2, 1.0, 1.0)
     assert capsys.readouterr() == ("", "")
 
 

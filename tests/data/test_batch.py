@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
-from roost.data.batch import Batch
+from roost.data.batch import Batch, samples
 
 
 def test_rows_are_shared_out() -> None:
@@ -36,6 +38,27 @@ def test_unequal_shares_are_refused(cu_seqlens: tuple[int, ...] | None, parts: i
     inputs = torch.zeros(6, 1, dtype=torch.int64) if cu_seqlens is None else torch.zeros(1, 6, dtype=torch.int64)
     with pytest.raises(ValueError, match=message):
         Batch(inputs, inputs, cu_seqlens).split(parts)
+
+
+def test_the_samples_of_a_step_are_counted_over_the_run() -> None:
+    assert samples(6, 2, 0, 1) == range(12, 18)
+    assert [samples(6, 2, part, 3) for part in range(3)] == [range(12, 14), range(14, 16), range(16, 18)]
+
+
+@pytest.mark.parametrize(
+    ("step", "part", "parts", "message"),
+    [
+        (-1, 0, 1, "step is -1"),
+        (1.0, 0, 1, "step is 1.0; it must be a whole number"),
+        (0, 0, 4, "6 pairs cannot be cut in 4"),
+        (0, 0, 2.0, "parts is 2.0; it must be a whole number"),
+        (0, 2, 2, "part is 2"),
+        (0, True, 2, "part is True; it must be a whole number"),
+    ],
+)
+def test_samples_that_do_not_exist_are_refused(step: Any, part: Any, parts: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        samples(6, step, part, parts, "pairs")
 
 
 def test_to_moves_everything() -> None:

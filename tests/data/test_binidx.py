@@ -179,6 +179,44 @@ def test_bad_ids_are_refused_and_the_old_pair_survives(
     assert TokenFile(prefix).tokens.tolist() == [5, 65535, 0, 0]
 
 
+@pytest.mark.parametrize("linked", [False, True])
+@pytest.mark.parametrize(("failing", "left"), [(1, BINARY), (2, bytes.fromhex("0100 0000 0200 0000"))])
+def test_halves_of_two_pairs_are_never_a_pair(
+    prefix: Path, monkeypatch: pytest.MonkeyPatch, linked: bool, failing: int, left: bytes
+) -> None:
+    """A run that ends at either rename: the new stream is as long as the old one, so that no size would tell."""
+    index, calls, replace = prefix.with_suffix(".idx"), list[Path](), Path.replace
+    if linked:
+        (prefix.parent / "far").mkdir()
+        index.rename(prefix.parent / "far" / "two.idx")
+        index.symlink_to(prefix.parent / "far" / "two.idx")
+
+    def fail(self: Path, target: Path) -> Path:
+        calls.append(target)
+        if len(calls) == failing:
+            raise OSError("the run ends here")
+        return replace(self, target)
+
+    monkeypatch.setattr(Path, "replace", fail)
+    with pytest.raises(OSError, match="the run ends here"):
+        write_tokens(prefix, [[1], [2]])
+    assert prefix.with_suffix(".bin").read_bytes() == left
+    with pytest.raises(ValueError, match=r"no token file at .*two\.idx"):
+        TokenFile(prefix)
+    write_tokens(prefix, [[1], [2]])
+    assert TokenFile(prefix).tokens.tolist() == [1, 0, 2, 0] and index.is_symlink() == linked
+
+
+def test_a_disk_that_fails_before_the_renames_costs_nothing(prefix: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(file: int) -> None:
+        raise OSError("the disk is full")
+
+    monkeypatch.setattr("os.fsync", fail)
+    with pytest.raises(OSError, match="the disk is full"):
+        write_tokens(prefix, [[1], [2]])
+    assert TokenFile(prefix).tokens.tolist() == [5, 65535, 0, 0]
+
+
 @pytest.mark.parametrize(("vocab", "dtype"), [(65536, np.uint16), (70000, np.int32)])
 def test_blocks_write_what_documents_write(tmp_path: Path, vocab: int, dtype: type) -> None:
     write_tokens(tmp_path / "wanted", [[1, 2], [], [vocab - 1]], vocab_size=vocab)

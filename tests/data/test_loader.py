@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -99,12 +100,16 @@ def test_the_global_generator_is_left_alone(counting: Path) -> None:
         (1, 0, 0, "batch is 0"),
         (1, 1, -1, "seed is -1"),
         (1, 1, 2**64, "seed is 18446744073709551616"),
+        (16.0, 1, 0, "ctx is 16.0; it must be a whole number"),
+        (16, True, 0, "batch is True; it must be a whole number"),
+        (16, 1, 0.5, "seed is 0.5; it must be a whole number"),
         (1000, 1, 0, "has 1000 tokens; ctx 1000 needs at least 1001"),
     ],
 )
-def test_bad_numbers_are_refused(counting: Path, ctx: int, batch: int, seed: int, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        TokenLoader(counting, ctx, batch, seed=seed)
+def test_bad_numbers_are_refused(counting: Path, ctx: Any, batch: Any, seed: Any, message: str) -> None:
+    for kind in (TokenLoader, PackedLoader)[: 1 if "needs at least" in message else 2]:
+        with pytest.raises(ValueError, match=message):
+            kind(counting, ctx, batch, seed=seed)
 
 
 def test_an_empty_file_is_refused(tmp_path: Path) -> None:

@@ -117,7 +117,7 @@ def test_batches(pairs: tuple[Documents, Reference]) -> None:
     """Each pair once an epoch, with its own reference; shares in order are the batch; the order is the seed's."""
     documents, reference = pairs
     loader = PairLoader(documents, reference, 4, seed=5)
-    assert (loader.windows, loader.steps_per_epoch) == (10, 2.5)
+    assert (loader.windows, loader.tokens_per_step) == (10, sum(documents.lengths) / 2.5)
     seen = [pair for step in range(5) for pair in pairs_of(loader.batch_at(step))]
     for epoch in (seen[:10], seen[10:]):
         assert sorted(values for _, _, values in epoch) == [[-2.0 * i, -2.0 * i - 1] for i in range(9, -1, -1)]

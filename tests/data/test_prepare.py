@@ -138,6 +138,36 @@ def test_a_budget_reads_no_more_than_it_needs(tmp_path: Path, monkeypatch: pytes
     assert again.sources == report.sources
 
 
+def test_a_budget_counts_every_shard_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many units there are: the finished ones are not counted anew for each."""
+    counted: list[str] = []
+
+    class Sizes(np.ndarray[Any, np.dtype[np.int64]]):
+        def sum(self, *args: Any, **options: Any) -> Any:
+            counted.append("")
+            return super().sum(*args, **options)
+
+    def find(*args: Any) -> shards.Shard | None:
+        found = shards.find(*args)
+        return found and found._replace(sizes=found.sizes.view(Sizes))
+
+    monkeypatch.setattr("roost.data.prepare.find", find)
+    manifest = made(tmp_path, {"budget": 29})
+    prepare(manifest, tmp_path / "out", BYTES, workers=1, shard_bytes=16)
+    assert len(texts(tmp_path / "out")) == 9 and 5 <= len(counted) <= 12
+
+
+@pytest.mark.parametrize("first", ["folder", "file"])
+def test_a_named_file_is_kept_whatever_another_source_found(tmp_path: Path, first: str) -> None:
+    """A zero byte drops a file found in a directory, and not the same file where it is named, however it is written."""
+    (tmp_path / "d").mkdir()
+    (tmp_path / "d" / "x").write_bytes(b"\x00a")
+    folder, file = Source("folder", (f"{tmp_path}/d",)), Source("file", (f"{tmp_path}/./d//x",))
+    report = prepare(Manifest((folder, file) if first == "folder" else (file, folder)), tmp_path / "out", BYTES)
+    assert texts(tmp_path / "out") == [b"\x00a"]
+    assert {source.name: counts.dropped for source, counts in report.sources} == {"folder": {"binary": 1}, "file": {}}
+
+
 def test_shuffle_mixes_the_documents(tmp_path: Path) -> None:
     prepare(made(tmp_path, {}, {"weight": 2}), tmp_path / "plain", BYTES)
     for name, seed in (("one", 1), ("same", 1), ("two", 2)):
@@ -214,7 +244,7 @@ def test_files_that_change_during_a_run(
 
 
 @pytest.mark.parametrize(
-    "line", [b'{"text": "\\ud800"}', b"{", b"[]", b'{"txt": "a"}', b'{"text": 3}', b"", b'{"text": "\xff"}']
+    "line", [b'{"text": "\\ud800"}', b"{", b"[]", b'{"txt": "a"}', b'{"text": 3}', b'{"text": "\xff"}']
 )
 def test_bad_lines_are_named_or_skipped(tmp_path: Path, line: bytes) -> None:
     (tmp_path / "b.jsonl").write_bytes(jsonl("good").encode() + line + b"\n" + jsonl("too").encode())

@@ -174,6 +174,16 @@ def test_long_conversations_lose_their_oldest_exchanges() -> None:
     )
 
 
+def test_only_system_messages_at_the_front_outlive_what_came_before_them() -> None:
+    """One in the middle goes with its exchange: what is left fits, so that it can be packed."""
+    instruction = {"role": "system", "content": "s" * 60}
+    front, middle, last = conversation(system="f"), [*conversation("a", "1"), instruction], conversation("b", "2")
+    kept = render([*front, *last], add_reply=False)
+    encoder = Encoder(BYTES, len(kept))
+    found = encoder.encode(parse_conversation({"messages": [*front, *middle, *last]}))
+    assert text(found) == kept and (encoder.shortened, encoder.turns_cut) == (1, 3)
+
+
 def write(path: Path, conversations: list[list[dict[str, str]]], extra: str = "") -> Path:
     path.write_text("".join(json.dumps({"messages": messages}) + "\n" for messages in conversations) + extra)
     return path
@@ -248,7 +258,6 @@ def test_an_epoch_reads_every_conversation_once(documents: Documents) -> None:
         assert max(sum(len(inputs) for inputs, _ in row) for row in rows) <= 256
     assert sum(documents.lengths) / (loader.windows * 256) > 0.9
     assert {str(row) for row in epochs[0]} != {str(row) for row in epochs[1]}
-    assert loader.steps_per_epoch == loader.windows
     assert loader.tokens_per_step == pytest.approx(sum(documents.lengths) / loader.windows)
 
 

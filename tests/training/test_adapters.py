@@ -133,8 +133,11 @@ def test_merged_is_what_was_trained(kind: str, generation: str) -> None:
             assert torch.equal(value, whole.get(name, base[name])), name
     assert (logits(model) - trained).abs().max() <= 1e-5 * trained.abs().max()
 
+    assert all(parameter.requires_grad for parameter in model.parameters())  # a plain model, to be trained whole
+
     adapted.unmerge()
     assert torch.equal(logits(model), trained) and model.fingerprint == ""
+    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == adapted.parameters
     adapted.merge()
     assert same(snapshot(model), values)
     assert adapted.remove() is model

@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from contextlib import ExitStack
 from pathlib import Path
-from typing import ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import pytest
 import torch
@@ -20,9 +21,14 @@ from roost.models.rwkv import RWKV
 from roost.training.context_parallel import TimeShares, context_parallel, time_share
 from roost.training.distributed import DataParallel, Sharded, process_group
 from roost.training.loop import train
+from roost.training.recipe import run_recipe
+from roost.training.sharded_checkpoint import restore_sharded
 from roost.training.state_tuning import add_time_state
 from tiny import tiny_model
 from training_runs import RECIPE, corpus_in, log
+
+if TYPE_CHECKING:
+    from roost.training.resume import Trained
 
 TESTS = Path(__file__).parents[1]
 SURROUNDINGS = {
@@ -130,10 +136,6 @@ def test_what_the_command_line_refuses(
         (["--shard"], "--shard is for several processes"),
         (["--context"], "--context is for several processes"),
         (["--context", "--shard"], "not allowed with argument"),
-        (["--context", "--set", "segment=8"], "does not go with segment = 8"),
-        (["--context", "--set", "packing=documents"], "does not go with packing = 'documents'"),
-        (["--context", "--set", "task=sft"], "does not go with task = 'sft'"),
-        (["--context", "--set", "compile=true"], "does not go with compile = True"),
     ]
     for words, message in cases:
         assert main(["train", str(recipe), *words]) == 2
@@ -165,6 +167,48 @@ def test_what_cannot_be_cut_along_time() -> None:
     dove = RWKV(ModelConfig("dove", 1, 32, 257))
     with pytest.raises(ValueError, match="this model is Dove"), context_parallel(dove):
         pass
+
+
+def test_runs_that_cannot_be_cut_along_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Segments would lose the state on all ranks but the first, and give wrong gradients; refused whoever asks."""
+    recipe = tmp_path / "r.toml"
+    recipe.write_text(RECIPE.format(data=corpus_in(tmp_path), out=tmp_path / "run"))
+    cases: list[tuple[dict[str, Any], str]] = [
+        ({"segment": 8}, "and so not with segments"),
+        ({"packing": "documents"}, "cu_seqlens cannot be cut over ranks"),
+        ({"compile": True}, "does not go with compile = True"),
+    ]
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        for keys, message in cases:
+            with ExitStack() as entered, pytest.raises(ValueError, match=message):
+                run_recipe(recipe, keys, reduce=lambda model: entered.enter_context(context_parallel(model)))
+        model, ids = tiny_model(), torch.zeros(1, 3, dtype=torch.long)
+        model.train()
+        state = model(ids)[1]
+        with context_parallel(model):
+            model(ids)
+            for given in ({"args": (ids, state)}, {"args": (ids,), "state": state}):
+                with pytest.raises(ValueError, match="does not go with a given state"):
+                    model(*given.pop("args"), **given)
+            model.eval()
+            model(ids, state=state)
+        model.train()
+        model(ids, state=state)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_a_damaged_sharded_checkpoint_is_named(tmp_path: Path) -> None:
+    """With what a run then goes on from, where there is any."""
+    nothing = cast("Trained", None)
+    (tmp_path / "step-4.dcp").mkdir()
+    with pytest.raises(ValueError, match=r"step-4.dcp is damaged: delete it; the run then starts anew"):
+        restore_sharded(tmp_path, nothing, {})
+    (tmp_path / "step-2.dcp").mkdir()
+    with pytest.raises(ValueError, match=r"step-4.dcp is damaged: delete it; the run then goes on from step-2.dcp"):
+        restore_sharded(tmp_path, nothing, {})
 
 
 class Count:

@@ -7,6 +7,8 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
+from contextlib import nullcontext
 from math import isfinite
 from pathlib import Path
 
@@ -15,7 +17,9 @@ import torch
 
 from roost import RWKV, TokenLoader, train
 from roost.data.batch import Batch
+from roost.data.pairs import PairBatch
 from roost.training import loop
+from roost.training.guards import Interrupted, drawing, dump
 from roost.training.loop import Progress
 from roost.training.loss import Sums, next_token_sums
 from roost.training.reducer import Alone
@@ -104,7 +108,7 @@ def test_data_that_another_rank_lost_end_the_run_here_too(tmp_path: Path, corpus
 
         def sum_counts(self, count: int) -> int:
             counts.append(count)
-            return count + (loop.LOST if count and len(counts) > 9 else count)
+            return count + (loop.LOST if count and len(counts) > 5 else count)
 
     with pytest.raises(ValueError, match=r"another rank could not read its data of step \d"):
         train(tiny_model(), TokenLoader(corpus, 32, 4), config(tmp_path / "run"), reduce=First())
@@ -166,3 +170,66 @@ def test_two_runs_do_not_write_one_directory(tmp_path: Path, corpus: Path) -> No
         other.send_signal(signal.SIGKILL)
     train(tiny_model(), TokenLoader(corpus, 32, 4), config(tmp_path / "run"), resume=True)
     assert len(losses(tmp_path / "run")) == 12 and not (tmp_path / "run" / ".lock").exists()
+
+
+def test_a_bad_batch_of_pairs_keeps_its_reference(tmp_path: Path) -> None:
+    """Without it the step could not be made again."""
+    ids = torch.zeros(1, 4, dtype=torch.long)
+    dump(tmp_path / "bad.pt", [PairBatch(ids, ids, (0, 2, 4), torch.tensor([-1.0, -2.0]))], {"step": 3})
+    (kept,) = torch.load(tmp_path / "bad.pt", weights_only=True)["parts"]
+    assert PairBatch(**kept).reference.tolist() == [-1.0, -2.0] and kept["cu_seqlens"] == (0, 2, 4)
+
+
+def test_draws_leave_other_devices_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only the generators that are put back afterwards are seeded: the host's and the run's own."""
+    generators = tuple(torch.Generator().manual_seed(7) for _ in range(2))  # in the place of two GPUs'
+    monkeypatch.setattr(torch.cuda, "default_generators", generators)
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", lambda seed: [g.manual_seed(seed) for g in generators])
+    monkeypatch.setattr(torch.random, "fork_rng", nullcontext)
+    before = torch.get_rng_state()
+    with drawing(torch.device("cuda", 1), 0, 1, 2):
+        seeds = [generator.initial_seed() for generator in generators]
+        assert seeds == [7, torch.default_generator.initial_seed()] and seeds[1] != 7
+    torch.set_rng_state(before)
+
+
+def test_a_bad_step_leaves_nothing_in_the_figures(tmp_path: Path, corpus: Path) -> None:
+    """They are made of what was seen since: one NaN would otherwise stay in them for ever."""
+
+    class Once:
+        steps, seen = 0, 0.0
+
+        def figures(self, total: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, float]:
+            found, self.seen = self.seen, 0.0
+            return {"seen": found}
+
+        def __call__(self, model: RWKV, batch: Batch) -> Sums:
+            sums, self.steps = next_token_sums(model, batch), self.steps + 1
+            factor = torch.nan if self.steps == 3 else 1.0
+            self.seen += factor
+            return Sums(sums.loss * factor, sums.entropy, sums.count)
+
+    train(tiny_model(), TokenLoader(corpus, 32, 4), config(tmp_path / "run", steps=6, log_every=2), objective=Once())
+    assert [(line["step"], line.get("seen")) for line in log(tmp_path / "run")] == [(2, 2), (3, None), (4, 1), (6, 2)]
+
+
+@pytest.mark.parametrize("package,module", [("wandb", "wandb"), ("tensorboard", "torch.utils.tensorboard")])
+def test_a_missing_package_is_named_before_the_run(
+    tmp_path: Path, corpus: Path, package: str, module: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, module, None)
+    run = config(tmp_path / "run", **{package: "project" if package == "wandb" else True})
+    with pytest.raises(ValueError, match=f"pip install {package}"):
+        train(tiny_model(), TokenLoader(corpus, 32, 4), run)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_signal_of_another_rank_keeps_its_name(tmp_path: Path, corpus: Path) -> None:
+    class First(Alone):
+        ranks = 2
+
+        def max_counts(self, count: int) -> int:
+            return max(count, int(signal.SIGINT))
+
+    with pytest.raises(Interrupted, match="stopped by SIGINT after step 1"):
+        train(tiny_model(), TokenLoader(corpus, 32, 4), config(tmp_path / "run"), reduce=First())

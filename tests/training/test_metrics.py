@@ -1,4 +1,4 @@
-"""Logs: a full disk costs no line, optional writers say what to install, plots draw what a log holds."""
+"""Logs: a full disk costs no line, optional writers get a copy and may fail, plots draw what a log holds."""
 
 from __future__ import annotations
 
@@ -41,13 +41,7 @@ def test_a_full_disk_costs_no_line(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_other_writers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Absent: an error that says what to install. Present: every number, under train/ or the stream's name."""
-    monkeypatch.setitem(sys.modules, "wandb", None)
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    with pytest.raises(ValueError, match="pip install wandb"):
-        Log(config(tmp_path, wandb="project"))
-    with pytest.raises(ValueError, match="pip install tensorboard"):
-        Log(config(tmp_path, tensorboard=True))
+    """They get every number, under train/ or the stream's name."""
     seen: list[Any] = []
     starts: list[Any] = []
     wandb, board = ModuleType("wandb"), ModuleType("torch.utils.tensorboard")
@@ -73,6 +67,9 @@ def test_other_writers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_other_writers_may_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A full disk, or a service that is gone: a warning, once; the run and its log go on."""
 
+    class Unreachable(Exception):
+        """As wandb.Error: no OSError."""
+
     class Failing:
         def __init__(self, *_: Any, **__: Any) -> None: ...
 
@@ -85,7 +82,7 @@ def test_other_writers_may_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         log = lambda self, numbers, step: None  # noqa: E731
 
         def finish(self) -> None:
-            raise ConnectionResetError("gone")
+            raise Unreachable("gone")
 
     board, wandb = ModuleType("torch.utils.tensorboard"), ModuleType("wandb")
     board.SummaryWriter = Failing  # type: ignore[attr-defined]

@@ -62,6 +62,10 @@ def test_many_devices() -> None:
     assert eight["replica_traffic"] == 7 * config.parameters
     assert eight["shard_traffic"] == pytest.approx(10.5 * config.parameters)
     assert eight["shard_memory"] - many["shard_memory"] == pytest.approx(16 * config.parameters * (1 / 8 - 1 / 64))
+    block, ends = config.parameters - 2 * 65536 * 4096, 2 * 65536 * 4096
+    gathered = 8 * (block / 32 + ends)  # weights and gradients of a block, the embedding and the head
+    activations = activation_bytes(config, 4096, "bf16", recompute=True)
+    assert eight["shard_memory"] == pytest.approx(2 * config.parameters + gathered + activations)
     table = scale_table()
     assert len({len(row) for row in table}) == 1 and [row[0] for row in table[1:3]] == ["eagle-0.1b", "eagle-0.4b"]
 

@@ -41,6 +41,7 @@ def corpus(tmp_path: Path) -> Path:
         (("ctx = 32", "ctx = 32\nprecision = 'fp16'"), "fp16' on a CPU"),
         (("ctx = 32", "ctx = 32\nadapter = 'lora'\npth = true"), "roost merge"),
         (("ctx = 32", "ctx = 32\nsegment = 8\ntruncate = 12"), "multiple of segment"),
+        (("ctx = 32", "ctx = 32\ncompile = true\npacking = 'documents'"), "compile is for windows"),
         (("ctx = 32", "ctx = 32\nrank = 4"), "rank = 4 means nothing"),
         (("ctx = 32", "ctx = 'long'"), "ctx is 'long'; it must be int"),
         (("ctx = 32", "ctx = true"), "it must be int"),
@@ -151,6 +152,11 @@ def test_keys_reach_the_run(name: str, tmp_path: Path, corpus: Path, monkeypatch
 
     monkeypatch.setattr(recipe_module, "segmented_sums", segmented)
     short = {"steps": 2, "peak_flops": 1.0, "valid": [], **({"data": str(text)} if record else {})}
+    if keys["adapter"] != "full":
+        with pytest.raises(ValueError, match="'finch-tiny' is a fresh model of that size, and an adapter needs a trained"):
+            run_recipe(path, {**short, **keys})
+        RWKV(PRESETS["finch-tiny"]).save(tmp_path / "base.pth")
+        short["model"] = str(tmp_path / "base.pth")
     final = run_recipe(path, {**short, **keys}, notice=told.append)
     assert final == out / ("final.safetensors" if name == "truncated" else "adapter.safetensors")
     with safe_open(final, "numpy") as file:

@@ -150,6 +150,17 @@ def test_bad_input() -> None:
         OBJECTIVE(model, part)
         return OBJECTIVE(model, part)
 
+    class Pairs:
+        """Counts pairs, as DPO does."""
+
+        def __call__(self, model: RWKV, part: Batch) -> Sums:
+            return OBJECTIVE(model, part)
+
+        def count(self, part: Batch) -> int:
+            return 1
+
+    with pytest.raises(ValueError, match="counts in its own unit"):
+        segmented_sums(model, rows, 16, objective=Pairs())
     with pytest.raises(ValueError, match="reads the model 2 times"):
         segmented_sums(model, rows, 16, objective=twice)
     assert not model._forward_hooks and not model._forward_pre_hooks

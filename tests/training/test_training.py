@@ -201,8 +201,19 @@ def test_validation_is_checked_before_the_run(tmp_path: Path, corpus: Path) -> N
 def test_other_data_of_the_same_size_is_noticed(tmp_path: Path, corpus: Path) -> None:
     train(RWKV(PRESETS["finch-tiny"]), TokenLoader(corpus, 32, 4), config(tmp_path / "run"))
     write_tokens(corpus, [[b + 1 for b in TEXT[::-1]]] * 3, vocab_size=257)
-    with pytest.raises(ValueError, match="was trained with tokens_digest"):
+    with pytest.raises(ValueError, match="was trained with data_digest"):
         train(RWKV(PRESETS["finch-tiny"]), TokenLoader(corpus, 32, 4), config(tmp_path / "run"), resume=True)
+
+
+def test_a_run_may_not_become_longer_at_a_resume(tmp_path: Path, corpus: Path) -> None:
+    """Also where it ends after `tokens`, whose name is not that of the data's length."""
+    data = TokenLoader(corpus, 32, 4)
+    train(RWKV(PRESETS["finch-tiny"]), data, config(tmp_path / "run", steps=0, tokens=128 * 4, save_every=2))
+    longer = config(tmp_path / "run", steps=0, tokens=128 * 6, save_every=2)
+    with pytest.raises(ValueError, match="was trained with tokens = 512, not 768"):
+        train(RWKV(PRESETS["finch-tiny"]), data, longer, resume=True)
+    with pytest.raises(ValueError, match="two parts of the run have a setting called lr"):
+        train(RWKV(PRESETS["finch-tiny"]), data, config(tmp_path / "other"), identity={"lr": 1.0})
 
 
 def test_numpy_numbers_do_not_spoil_a_checkpoint(tmp_path: Path, corpus: Path) -> None:

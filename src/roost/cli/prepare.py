@@ -1,6 +1,6 @@
 """The verb `prepare`: text to the tokens that training reads.
 
-Owns: its arguments, its bar and its table.
+Owns: its arguments and its table.
 Refuses to know: how it is done (roost.data.prepare).
 """
 
@@ -9,14 +9,11 @@ from __future__ import annotations
 import argparse
 import sys
 from dataclasses import replace
-from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 
 from roost.cli import terminal
-from roost.data.prepare import Progress as Position
 from roost.data.prepare import prefix_of
 from roost.data.prepare import prepare as write
 from roost.data.report import Counts, Report
@@ -37,7 +34,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--shuffle", type=int, metavar="SEED", help="mix the documents of all sources")
     parser.add_argument("--min-bytes", type=int, metavar="N", help="drop shorter documents (default: 1)")
     parser.add_argument("--max-bytes", type=int, metavar="N", help="drop longer documents")
-    parser.add_argument("--workers", type=int, metavar="N", help="processes (default: one per core)")
+    what = "threads; processes if more than 4 (default: one per core)"
+    parser.add_argument("--workers", type=int, metavar="N", help=what)
 
 
 def prepare(args: argparse.Namespace) -> int:
@@ -49,8 +47,10 @@ def prepare(args: argparse.Namespace) -> int:
     tokenizer = WorldTokenizer.byte_level() if args.bytes else WorldTokenizer()
     if args.vocabulary:
         tokenizer = WorldTokenizer.from_file(args.vocabulary)
-    with _bar() as show:
-        report = write(_manifest(args), args.out, tokenizer, workers=args.workers, progress=show)
+    with terminal.preparing() as show:
+        report = write(
+            _manifest(args), args.out, tokenizer, workers=args.workers, progress=lambda position: show(*position)
+        )
     _print(report)
     return 0
 
@@ -66,29 +66,6 @@ def _manifest(args: argparse.Namespace) -> Manifest:
         raise ValueError("a manifest comes alone: write the other sources into it")
     manifest = read_manifest(args.sources[0])
     return replace(manifest, sources=tuple(replace(source, **sizes) for source in manifest.sources), **flags)
-
-
-class _bar:
-    """A bar for the run, on stderr and only on a terminal; it yields the callback."""
-
-    def __init__(self) -> None:
-        console = Console(stderr=True)
-        columns = TextColumn("preparing"), BarColumn(), TextColumn("{task.description}")
-        self._progress = Progress(*columns, console=console, disable=not console.is_terminal)
-
-    def __enter__(self) -> Any:
-        self._progress.start()
-        self._task = self._progress.add_task("", total=None)
-        return self._show
-
-    def __exit__(self, *_error: object) -> None:
-        self._progress.stop()
-
-    def _show(self, now: Position) -> None:
-        text = f"{terminal.size(now.done)} of {terminal.size(now.total)}"
-        if now.speed:
-            text += f"  {now.speed:.1f} MB/s  {int(now.left) // 60}:{int(now.left) % 60:02} left"
-        self._progress.update(self._task, completed=now.done, total=now.total, description=text)
 
 
 def _print(report: Report) -> None:

@@ -1,6 +1,6 @@
 """What the verbs share on a terminal: progress bars, sizes, input files.
 
-Owns: the look of a bar (tokens/s, time left, size of the state). Bars go to stderr, and only to a terminal; a run of
+Owns: the look of a bar (speed, time left, size of the state). Bars go to stderr, and only to a terminal; a run of
 hours prints lines elsewhere.
 Refuses to know: models, and what is being read.
 """
@@ -68,6 +68,23 @@ def training(
             bar.update(task, completed=step, total=steps, description=text)
             if line and not quiet and not console.is_terminal:
                 console.print(f"step {step}/{steps}  {line}", markup=False, highlight=False, soft_wrap=True)
+
+        yield show
+
+
+@contextmanager
+def preparing(console: Console | None = None) -> Generator[Callable[[int, int, float, float], None], None, None]:
+    """A bar for making a token file; yields the callback (bytes done, bytes in all, MB a second, seconds left)."""
+    console = console or Console(stderr=True)
+    columns = TextColumn("preparing"), BarColumn(), TextColumn("{task.description}")
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+        task = bar.add_task("", total=None)
+
+        def show(done: int, total: int, speed: float, left: float) -> None:
+            text = f"{size(done)} of {size(total)}"
+            if speed:
+                text += f"  {speed:.1f} MB/s  {int(left) // 60}:{int(left) % 60:02} left"
+            bar.update(task, completed=done, total=total, description=text)
 
         yield show
 

@@ -63,8 +63,6 @@ def train(args: argparse.Namespace) -> int:
         raise ValueError(f"--ranks {args.ranks} goes with --plan; a run's ranks are torchrun's: --nproc-per-node N")
     keep_freed_memory()
     kind = "shard" if args.shard else "context" if args.context else ""
-    if kind == "context":
-        _check_context(args.recipe, overrides)
     with _ranks(args.device, kind) as (device, main, reduce), terminal.training(quiet=not main) as show:
         view = View(show)
         several: dict[str, Any] = {"reduce": reduce} if reduce else {}
@@ -126,18 +124,6 @@ def _plan(recipe: str, overrides: dict[str, Any], device: str, ranks: int) -> in
     for row in rows:
         print("  ".join(f"{cell:>{width}}" for cell, width in zip(row, widths, strict=True)))
     return 0
-
-
-def _check_context(path: str, overrides: dict[str, Any]) -> None:
-    """Raise ValueError for what cannot be cut along time."""
-    from roost.training.recipe import read_recipe
-
-    recipe = read_recipe(path, overrides)
-    found = {"task": recipe.task.task, "packing": recipe.packing, "segment": recipe.segment}
-    found["compile"] = recipe.config.compile
-    for key, value in found.items():
-        if value not in ("pretrain", "windows", 0):
-            raise ValueError(f"--context cuts every row along time, which does not go with {key} = {value!r}")
 
 
 @contextmanager

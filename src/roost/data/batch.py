@@ -1,6 +1,6 @@
 """What the training loop needs of data: batches as a pure function of the step.
 
-Owns: the form of a batch, and the cut of a batch into equal shares. A batch belongs to an optimiser step; ranks and
+Owns: the form of a batch, its samples, and its cut into equal shares. A batch belongs to an optimiser step; ranks and
 micro-batches read shares of it, so that the same data are seen for any number of them.
 Refuses to know: files, orders, losses.
 """
@@ -14,6 +14,8 @@ from typing import Protocol, runtime_checkable
 import torch
 from jaxtyping import Int64
 from torch import Tensor
+
+from roost.checks import whole
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,14 @@ class Batch:
 
 @runtime_checkable
 class Batches(Protocol):
-    """Anything that yields batches as a pure function of the step: the position of a run is one integer."""
+    """Anything that yields batches as a pure function of the step: the position of a run is one integer.
+
+    Some data know more, by these attributes; a run whose length is given in epochs needs the first two:
+
+    windows          samples of an epoch, each read once (windows, rows of packed sequences, pairs)
+    batch            samples of a step, so that an epoch has windows / batch steps
+    tokens_per_step  a mean, where steps differ; without it the first batch is counted
+    """
 
     @property
     def identity(self) -> Mapping[str, int | str]:
@@ -71,7 +80,19 @@ class Batches(Protocol):
 
 def check_parts(what: str, count: int, parts: int, part: int = 0) -> None:
     """Raise ValueError unless `count` rows (or tokens) have `parts` equal shares, the share `part` among them."""
-    if parts < 1 or count % parts:
+    if whole("parts", parts) < 1 or count % parts:
         raise ValueError(f"{count} {what} cannot be cut in {parts} equal shares: choose a divisor of {count}")
-    if not 0 <= part < parts:
+    if not 0 <= whole("part", part) < parts:
         raise ValueError(f"part is {part}; the shares are numbered 0..{parts - 1}")
+
+
+def samples(batch: int, step: int, part: int, parts: int, what: str = "rows") -> range:
+    """The samples of share `part` of `parts` of one step, counted from 0 over the run; `what` they are, for errors.
+
+    Raises ValueError when step is negative or `batch` samples have no such share.
+    """
+    step = whole("step", step, 0)
+    check_parts(what, batch, parts, part)
+    share = batch // parts
+    first = step * batch + part * share
+    return range(first, first + share)

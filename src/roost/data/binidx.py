@@ -154,7 +154,8 @@ def write_tokens(
 ) -> int:
     """Write PREFIX.bin and PREFIX.idx and return the number of tokens, a closing 0 after each document included.
 
-    path        the common prefix, or the .bin or the .idx; an old pair survives any failure before the renames
+    path        the common prefix, or the .bin or the .idx; an old pair survives any failure before the renames;
+                one during them leaves no pair, never halves of two
     documents   ids of one document each, without the closing 0; read once, one at a time
     vocab_size  ids must lie in [0, vocab_size); uint16 up to 65,536, int32 beyond
 
@@ -209,10 +210,17 @@ def _code(vocab_size: int) -> int:
 
 @contextmanager
 def _new_pair(path: str | os.PathLike[str]) -> Generator[tuple[Path, Path], None, None]:
-    """Temporary paths for .idx and .bin; the .bin is renamed first: an .idx never describes what is not there."""
+    """Temporary paths for .idx and .bin. The old .idx goes, then the .bin is renamed, then the .idx.
+
+    So an .idx never describes another .bin: what is cut short between them leaves no pair, which the reader names.
+    """
     binary, index = _pair(path)
     with replacing(index) as new_index, replacing(binary) as new_binary:
         yield new_index, new_binary
+        for new in (new_index, new_binary):  # a disk that fails now costs nothing yet
+            with new.open("rb") as written:
+                os.fsync(written.fileno())
+        Path(os.path.realpath(index)).unlink(missing_ok=True)
 
 
 def _write_index(path: Path, sizes: NDArray[Any], code: int) -> int:

@@ -26,12 +26,10 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar, cast
 
 from roost.chat import SEPARATOR, clean, render
+from roost.data.sources import BadLines
 
 Template = Literal["chat", "plain"]
 """Of prompt and completion: a user's and an assistant's message, or both as they are, without `Role:`."""
-
-BadLines = Literal["fail", "skip"]
-"""What to do with a line that cannot be used: stop with an error, or count it and go on."""
 
 ROLES = ("system", "user", "assistant", "tool")
 

@@ -18,8 +18,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from roost.checks import choice
-from roost.data.batch import Batch, check_parts
+from roost.checks import choice, whole
+from roost.data.batch import Batch, samples
 from roost.data.binidx import TokenFile
 from roost.data.order import Order, magic, magic_prime, sequential, shuffled
 from roost.data.packing import pack
@@ -45,15 +45,15 @@ class TokenLoader:
     def __init__(
         self, path: str | os.PathLike[str], ctx: int, batch: int, *, seed: int = 0, order: Order = "shuffle"
     ) -> None:
-        _check_numbers(ctx, batch, seed)
         choice("order", order, get_args(Order))
+        self.ctx, self.batch, self.order = whole("ctx", ctx, 1), whole("batch", batch, 1), order
+        self.seed = whole("seed", seed, 0, 2**64 - 1)
         self.file = TokenFile(path)
-        self.ctx, self.batch, self.seed, self.order = ctx, batch, seed, order
-        self.windows = (len(self.file) - 1) // ctx
+        self.windows = (len(self.file) - 1) // self.ctx
         if self.windows < 1:
             raise ValueError(f"{path} has {len(self.file)} tokens; ctx {ctx} needs at least {ctx + 1}: choose less")
         if order == "magic":
-            self.windows = magic_prime(len(self.file) // ctx)
+            self.windows = magic_prime(len(self.file) // self.ctx)
 
     @property
     def identity(self) -> dict[str, int | str]:
@@ -67,7 +67,7 @@ class TokenLoader:
         Raises ValueError when step is negative, `batch` rows have no such share, or the file is not as it was opened.
         """
         self.file.check_unchanged()
-        starts = [self._window(k) * self.ctx for k in _samples(self.batch, step, part, parts)]
+        starts = [self._window(k) * self.ctx for k in samples(self.batch, step, part, parts)]
         rows = np.stack([self.file.tokens[start : start + self.ctx + 1] for start in starts]).astype(np.int64)
         tokens = torch.as_tensor(rows)
         return Batch(tokens[:, :-1], tokens[:, 1:])
@@ -95,13 +95,13 @@ class PackedLoader:
     """
 
     def __init__(self, path: str | os.PathLike[str], ctx: int, batch: int, *, seed: int = 0) -> None:
-        _check_numbers(ctx, batch, seed)
+        self.ctx, self.batch = whole("ctx", ctx, 1), whole("batch", batch, 1)
+        self.seed = whole("seed", seed, 0, 2**64 - 1)
         self.file = TokenFile(path)
-        self.ctx, self.batch, self.seed = ctx, batch, seed
         if not len(self.file):
             raise ValueError(f"{path} has 0 tokens: there is nothing to pack")
-        self._starts, self._ends, self._first = _pieces(self.file.borders, ctx)
-        self._packed = pack(self._ends - self._starts, ctx, seed)
+        self._starts, self._ends, self._first = _pieces(self.file.borders, self.ctx)
+        self._packed = pack(self._ends - self._starts, self.ctx, self.seed)
         self.windows = self._packed.rows
 
     @property
@@ -122,11 +122,11 @@ class PackedLoader:
         Raises ValueError when step is negative, `batch` rows have no such share, or the file is not as it was opened.
         """
         self.file.check_unchanged()
-        samples = _samples(self.batch, step, part, parts)
-        inputs = np.zeros((1, len(samples) * self.ctx), np.int64)
+        chosen = samples(self.batch, step, part, parts)
+        inputs = np.zeros((1, len(chosen) * self.ctx), np.int64)
         targets = np.full_like(inputs, NO_LOSS)
         borders = [0]
-        for place, sample in enumerate(samples):
+        for place, sample in enumerate(chosen):
             at = place * self.ctx
             for piece in self._packed.row(shuffled(sample, self.windows, self.seed)).tolist():
                 start, end = int(self._starts[piece]), int(self._ends[piece])
@@ -141,26 +141,9 @@ class PackedLoader:
         return Batch(torch.as_tensor(inputs), torch.as_tensor(targets), tuple(borders))
 
 
-def _check_numbers(ctx: int, batch: int, seed: int) -> None:
-    if ctx < 1 or batch < 1:
-        raise ValueError(f"ctx is {ctx} and batch is {batch}; both must be at least 1")
-    if not 0 <= seed < 2**64:
-        raise ValueError(f"seed is {seed}; it must be at least 0 and below 2**64")
-
-
-def _samples(batch: int, step: int, part: int, parts: int) -> range:
-    """The samples of one share of a step."""
-    if step < 0:
-        raise ValueError(f"step is {step}; it must be at least 0")
-    check_parts("rows", batch, parts, part)
-    share = batch // parts
-    first = step * batch + part * share
-    return range(first, first + share)
-
-
 def _digest(file: TokenFile) -> dict[str, int | str]:
     spread = np.ascontiguousarray(file.tokens[:: max(1, len(file) // 65536)])
-    return {"tokens": len(file), "tokens_digest": hashlib.sha256(spread.tobytes()).hexdigest()[:16]}
+    return {"data_tokens": len(file), "data_digest": hashlib.sha256(spread.tobytes()).hexdigest()[:16]}
 
 
 def _pieces(borders: NDArray[np.int64], ctx: int) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.bool_]]:

@@ -20,9 +20,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from roost.checks import choice, instance, whole
-from roost.data.batch import Batch, check_parts
+from roost.data.batch import Batch, check_parts, samples
 from roost.data.conversations import (
-    BadLines,
     Faults,
     Segment,
     Template,
@@ -34,6 +33,7 @@ from roost.data.conversations import (
 )
 from roost.data.order import shuffled
 from roost.data.sft import Document, Documents, Encoder, LongConversations, collect, joined, packed_batch
+from roost.data.sources import BadLines
 from roost.tokenizer import WorldTokenizer
 
 
@@ -168,8 +168,7 @@ class PairLoader:
         self.documents, self.reference = documents, reference
         self.batch, self.seed = whole("batch", batch, 1), whole("seed", seed, 0, 2**64 - 1)
         self.windows = len(documents) // 2
-        self.steps_per_epoch = self.windows / self.batch
-        self.tokens_per_step = float(documents.lengths.sum()) / self.steps_per_epoch
+        self.tokens_per_step = float(documents.lengths.sum()) / (self.windows / self.batch)
         about = {"task": "dpo", **documents.identity, "reference": reference.fingerprint, **(settings or {})}
         self._identity: dict[str, int | str] = {**about, "batch": self.batch, "data_seed": self.seed}
 
@@ -183,11 +182,8 @@ class PairLoader:
 
         Raises ValueError when step is negative or `batch` pairs have no such share.
         """
-        step = whole("step", step, 0)
-        check_parts("pairs", self.batch, parts, part)
-        share = self.batch // parts
-        first = step * self.batch + part * share
-        chosen = [shuffled(k, self.windows, self.seed) for k in range(first, first + share)]
+        places = samples(self.batch, step, part, parts, "pairs")
+        chosen = [shuffled(k, self.windows, self.seed) for k in places]
         numbers = [2 * i + side for i in chosen for side in (0, 1)]
         row = packed_batch(self.documents, numbers)
         return PairBatch(row.inputs, row.targets, row.cu_seqlens, torch.from_numpy(self.reference.logprobs[numbers]))

@@ -1,8 +1,9 @@
-"""From text to a token file: shards by several processes, then what they hold, chosen and joined.
+"""From text to a token file: shards by several workers, then what they hold, chosen and joined.
 
 Owns: the run. Shards lie in PREFIX.parts until all are there, so that a killed run goes on where it was; duplicates,
 weights, budgets and the order are decided afterwards from sizes and digests alone, in the order of the sources, so that
-the files are the same for any number of processes. PREFIX.bin and PREFIX.idx appear whole or not at all.
+the files are the same for any number of workers. PREFIX.bin and PREFIX.idx are each whole, and never of two runs: the
+old .idx goes before the new .bin comes, so a crash between them leaves a .bin alone, which TokenFile refuses.
 Refuses to know: formats of text files (readers), the layout of token files (binidx), command lines.
 """
 
@@ -10,8 +11,9 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -67,7 +69,7 @@ def prepare(
     Raises ValueError before any work for a missing or empty source, a missing package, an output that is a source or
     has no directory, or that another run is writing; and later for a bad line (unless they are skipped), a file that
     changed, vanished or is damaged, a worker that died, and when no document is left. The old token file survives all
-    of them.
+    of these.
     """
     start = time.perf_counter()
     manifest = sources if isinstance(sources, Manifest) else Manifest(named_after(sources))
@@ -131,6 +133,28 @@ def _check(prefix: Path, files: Sequence[Path]) -> None:
         check_readable(next(file for file in files if file.suffix == ending))
 
 
+@dataclass
+class _Reach:
+    """How many units a source needs, as far as the finished ones tell: up to the one that fills its budget.
+
+    `have` only grows, so the units from the first on are counted once: `known` of them, with so many `tokens`.
+    """
+
+    units: list[Unit]
+    have: Mapping[Unit, Shard]
+    known: int = 0
+    tokens: int = 0
+
+    def __call__(self) -> int:
+        source = self.units[0].source
+        if not source.budget or source.weight < 1 or self.units[0].hashes:
+            return len(self.units)
+        while self.tokens <= source.budget and self.known < len(self.units) and self.units[self.known] in self.have:
+            self.tokens += int(self.have[self.units[self.known]].sizes.sum())
+            self.known += 1
+        return self.known if self.tokens > source.budget else len(self.units)
+
+
 def _shards(
     work: list[list[Unit]],
     tokenizer: WorldTokenizer,
@@ -148,18 +172,7 @@ def _shards(
             have[unit] = shard
         return have.get(unit)
 
-    def reach(several: list[Unit]) -> int:
-        """How many units the source needs, as far as is known: up to the one that fills its budget."""
-        source, tokens = several[0].source, 0
-        if source.budget and source.weight >= 1 and not several[0].hashes:
-            for number, unit in enumerate(several, 1):
-                if unit not in have:
-                    break
-                tokens += int(have[unit].sizes.sum())
-                if tokens > source.budget:
-                    return number
-        return len(several)
-
+    reaches = [_Reach(several, have) for several in work]
     finished = sum(unit.size for several in work for unit in several if look(unit))
 
     def tell(read: int) -> None:
@@ -169,15 +182,15 @@ def _shards(
             progress(Progress(finished + read, total, speed / 1e6, left / speed if speed else 0.0))
 
     def missing() -> Iterator[Unit]:
-        for several in work:
-            for number, unit in enumerate(several):
-                if not look(unit) and number < reach(several):
+        for reach in reaches:
+            for number, unit in enumerate(reach.units):
+                if not look(unit) and number < reach():
                     yield unit
 
     tell(0)
     run(missing(), tokenizer, folder, count, total - finished, tell, look)
     tell(total - finished)
-    return [[have[unit] for unit in several[: reach(several)]] for several in work]
+    return [[have[unit] for unit in reach.units[: reach()]] for reach in reaches]
 
 
 def _write(

@@ -27,10 +27,11 @@ import torch
 from numpy.typing import NDArray
 
 from roost.checks import choice, instance, whole
-from roost.data.batch import Batch, check_parts
-from roost.data.conversations import ROLES, BadLines, Faults, Template, Turn, parse_conversation, read_records
+from roost.data.batch import Batch, samples
+from roost.data.conversations import ROLES, Faults, Template, Turn, parse_conversation, read_records
 from roost.data.order import shuffled
 from roost.data.packing import Packed, pack
+from roost.data.sources import BadLines
 from roost.tokenizer import WorldTokenizer
 
 LongConversations = Literal["shorten", "drop"]
@@ -92,7 +93,7 @@ class Documents:
         digest = hashlib.sha256()
         for array in (self.ids.astype("<u4"), self.loss, self.offsets.astype("<i8")):
             digest.update(np.ascontiguousarray(array).data)
-        return {"tokens": len(self.ids), "tokens_digest": digest.hexdigest()[:16]}
+        return {"data_tokens": len(self.ids), "data_digest": digest.hexdigest()[:16]}
 
 
 class Encoder:
@@ -132,7 +133,7 @@ class Encoder:
         sizes  tokens of each turn. A conversation goes on with a user's turn, so that none begins with an answer.
         Counts what is left out.
         """
-        system = next((i for i, turn in enumerate(turns) if turn.role != "system"), len(turns))
+        system = _front(turns)
         room = self.ctx + 1 - sum(sizes[:system])
         if sum(sizes[system:]) <= room:
             return system
@@ -158,10 +159,14 @@ class Encoder:
         return None if start is None else joined(turns, parts, start)
 
 
+def _front(turns: Sequence[Turn]) -> int:
+    """How many system messages stand at the front."""
+    return next((i for i, turn in enumerate(turns) if turn.role != "system"), len(turns))
+
+
 def joined(turns: Sequence[Turn], parts: Sequence[Document], start: int) -> Document:
     """The system messages at the front and the turns from `start` on, as one document."""
-    kept = [part for turn, part in zip(turns[:start], parts, strict=False) if turn.role == "system"]
-    kept += parts[start:]
+    kept = [*parts[: _front(turns)], *parts[start:]]
     return Document(np.concatenate([part.ids for part in kept]), np.concatenate([part.loss for part in kept]))
 
 
@@ -231,8 +236,8 @@ class SftLoader:
     batch      rows a step; a share of them is concatenated to one row with cu_seqlens, so T varies a little
     seed       of the packing and the order, 0 <= seed < 2**64
 
-    `windows` is the number of rows of an epoch, the same for all epochs; `steps_per_epoch` and `tokens_per_step` are
-    means. Raises ValueError when a number is out of range or a document does not fit.
+    `windows` is the number of rows of an epoch, the same for all epochs; `tokens_per_step` is a mean.
+    Raises ValueError when a number is out of range or a document does not fit.
     """
 
     def __init__(self, documents: Documents, ctx: int, batch: int, *, seed: int = 0) -> None:
@@ -241,8 +246,7 @@ class SftLoader:
         self.batch, self.seed = whole("batch", batch, 1), whole("seed", seed, 0, 2**64 - 1)
         self._plans: dict[int, Packed] = {}
         self.windows = self._packed(0).rows
-        self.steps_per_epoch = self.windows / self.batch
-        self.tokens_per_step = float(documents.lengths.sum()) / self.steps_per_epoch
+        self.tokens_per_step = float(documents.lengths.sum()) / (self.windows / self.batch)
         self._identity = {"task": "sft", **documents.identity, "ctx": self.ctx, "batch": self.batch}
 
     @property
@@ -255,11 +259,8 @@ class SftLoader:
 
         Raises ValueError when step is negative or `batch` rows have no such share.
         """
-        step = whole("step", step, 0)
-        check_parts("rows", self.batch, parts, part)
-        share = self.batch // parts
-        first = step * self.batch + part * share
-        return packed_batch(self.documents, [i for k in range(first, first + share) for i in self._row(k).tolist()])
+        rows = samples(self.batch, step, part, parts)
+        return packed_batch(self.documents, [i for k in rows for i in self._row(k).tolist()])
 
     def _row(self, sample: int) -> NDArray[np.int64]:
         """The documents of one row, by number."""

@@ -72,11 +72,17 @@ class Unit:
     hashes: bool
 
     def key(self, fingerprint: str) -> str:
-        """A digest of all that decides the shard: files, filters and the tokenizer."""
+        """A digest of all that decides the shard: files, how they were found, filters and the tokenizer."""
         kept = ("text", "min_bytes", "max_bytes", "normalise")
         filters = {name: value for name, value in asdict(self.source).items() if name in kept}
-        facts = [1, fingerprint, filters, self.files, self.start, self.end, self.bad_lines, self.hashes]
+        facts = [2, fingerprint, filters, self.files, self.stray, self.start, self.end, self.bad_lines, self.hashes]
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]
+
+    @property
+    def stray(self) -> list[bool]:
+        """Whether each file is text that was found in a directory, not named: a zero byte makes it binary."""
+        named = {Path(path) for path in self.source.path}
+        return [kind(path) == "text" and path not in named for path in (Path(file.path) for file in self.files)]
 
 
 def units(source: Source, files: list[Path], bad_lines: BadLines, hashes: bool, size: int) -> Iterator[Unit]:
@@ -204,10 +210,8 @@ def _blocks(texts: Iterator[bytes]) -> Iterator[list[bytes]]:
 def _kept(unit: Unit, facts: _Facts, done: Callable[[int], None]) -> Iterator[bytes]:
     """The documents that pass the filters; what is dropped is counted in `facts`."""
     before, told, source = 0, 0, unit.source
-    for file in unit.files:
-        path = Path(file.path)
-        stray = kind(path) == "text" and file.path not in source.path  # found in a directory, not named
-        for document, position in pieces(path, source.text, unit.start, unit.end):
+    for file, stray in zip(unit.files, unit.stray, strict=True):
+        for document, position in pieces(Path(file.path), source.text, unit.start, unit.end):
             if before + position - told >= _BLOCK:
                 told = before + position
                 done(told)

@@ -29,7 +29,7 @@ from roost.checks import choice, nearest, whole
 from roost.files import read_toml
 
 BadLines = Literal["fail", "skip"]
-"""What a line that holds no document does: it ends the run, or it is counted and left out."""
+"""What a line that cannot be used does: it ends the run, or it is counted and left out."""
 
 
 @dataclass(frozen=True)

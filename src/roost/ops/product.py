@@ -20,7 +20,11 @@ from torch.autograd.function import once_differentiable
 FEW = 16
 """Rows of x below which torch's own product is as fast: decoding."""
 
-ONEDNN = platform.machine().lower() in ("x86_64", "amd64") and torch.backends.mkldnn.is_available()
+ONEDNN = (
+    platform.machine().lower() in ("x86_64", "amd64")
+    and torch.backends.mkldnn.is_available()
+    and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+)
 """Whether this machine has what `linear` uses in place of torch's product."""
 
 

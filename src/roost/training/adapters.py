@@ -49,13 +49,16 @@ class Adapted:
     layers: dict[str, LowRank] = field(default_factory=dict[str, LowRank])
     whole: tuple[str, ...] = ()
     _before: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
-    _marks: tuple[str, ...] = ()
+    _unmerged: str | None = None
 
     @property
     def parameters(self) -> int:
         """How many numbers are trained."""
-        factors = (p for layer in self.layers.values() for p in layer.parameters() if p is not layer.weight)
-        return sum(p.numel() for p in (*factors, *(self.model.get_parameter(name) for name in self.whole)))
+        return sum(parameter.numel() for parameter in self._trained())
+
+    def _trained(self) -> list[nn.Parameter]:
+        factors = [p for layer in self.layers.values() for p in layer.parameters() if p is not layer.weight]
+        return factors + [self.model.get_parameter(name) for name in self.whole]
 
     def tensors(self) -> dict[str, Tensor]:
         """The adapter: factors as `blocks.0.att.key.lora_A`, parameters trained whole by their official names."""
@@ -80,20 +83,26 @@ class Adapted:
         return out / "adapter.safetensors"
 
     def merge(self) -> RWKV:
-        """Make the model a plain one with the same function; `unmerge` undoes it. Merging twice changes nothing."""
-        if not self._marks:
-            self._marks = (self.model.fingerprint,)
+        """Make the model a plain one with the same function, of which every parameter can be trained; `unmerge` undoes
+        it. Merging twice changes nothing."""
+        if self._unmerged is None:
+            self._unmerged = self.model.fingerprint
             for name, layer in self.layers.items():
                 _put(self.model, name, _linear(layer.merged()))
+            self.model.requires_grad_(True)
             self.model.fingerprint = fingerprint_of(self.model.config, self.model.state_dict())
         return self.model
 
     def unmerge(self) -> None:
-        """Put the adapter back in its place, over the base's own matrices."""
-        if self._marks:
-            for name, layer in self.layers.items():
-                _put(self.model, name, layer)
-            (self.model.fingerprint,), self._marks = self._marks, ()
+        """Put the adapter back in its place, over the base's own matrices; only it requires a gradient again."""
+        if self._unmerged is None:
+            return
+        for name, layer in self.layers.items():
+            _put(self.model, name, layer)
+        self.model.requires_grad_(False)
+        for parameter in self._trained():
+            parameter.requires_grad_(True)
+        self.model.fingerprint, self._unmerged = self._unmerged, None
 
     def remove(self) -> RWKV:
         """Take the adapter out: the base, bit for bit. The adapter must not be used afterwards.

@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from roost.data.batch import Batch, Batches
 from roost.models.rwkv import RWKV
 from roost.ops import wkv, wkv_around
+from roost.training.config import TrainConfig
 from roost.training.distributed import DataParallel
 
 Group = dist.ProcessGroup | None
@@ -44,10 +45,11 @@ def context_parallel(model: RWKV, group: dist.ProcessGroup | None = None) -> Gen
 
     In evaluation mode (validation, samples) it reads whole rows, as outside. Every rank reads at the same time, forward
     and backward; where blocks are recomputed in the backward pass, this has to enclose it, as it does around `train`.
-    A row begins from the state given on rank 0; the state that rank p returns is that after its tokens, so the last
-    rank's is that of the row. Gradients of parameters are to be added over the ranks, as with data parallelism.
+    A row begins from the initial state of the model; the state that rank p returns is that after its tokens, so the
+    last rank's is that of the row. Gradients of parameters are to be added over the ranks, as with data parallelism.
 
-    Raises ValueError for Dove, whose recurrence is another one; inside, for cu_seqlens and for ranks without tokens.
+    Raises ValueError for Dove, whose recurrence is another one; inside, in training mode, for a given state (of a
+    segment, say), for cu_seqlens, for ranks without tokens, and for `train` with config.compile.
     """
     if model.config.generation == "dove":
         raise ValueError("context parallelism is for Eagle and Finch; this model is Dove (RWKV-4)")
@@ -57,6 +59,7 @@ def context_parallel(model: RWKV, group: dist.ProcessGroup | None = None) -> Gen
 
     mixers = [mixer for block in model.layers for mixer in (block.att, block.ffn)]
     hooks = [mixer.register_forward_pre_hook(partial(_shift, group)) for mixer in mixers]
+    hooks.append(model.register_forward_hook(_refuse_state, with_kwargs=True))
     try:
         with wkv_around(outer):
             yield _Along(model, group)
@@ -68,9 +71,11 @@ def context_parallel(model: RWKV, group: dist.ProcessGroup | None = None) -> Gen
 class _Along(DataParallel):
     """Replicas that read parts of the time of all rows in place of shares of the rows."""
 
-    def shares(self, data: Batches, accumulate: int) -> Batches:
-        """The data, cut along time."""
-        return TimeShares(data, self.ranks, accumulate)
+    def shares(self, data: Batches, config: TrainConfig) -> Batches:
+        """The data, cut along time. Raises ValueError for compiled blocks, which cannot hold the exchanges."""
+        if config.compile:
+            raise ValueError("context parallelism does not go with compile = True")
+        return TimeShares(data, self.ranks, config.accumulate)
 
 
 class TimeShares:
@@ -130,6 +135,15 @@ def scanned_wkv(
         reach = F.pad(steps, (0, 0, 0, 0, 1, 0))[:, :-1].cumsum(1).exp()  # decays before each token
         share = torch.einsum("bthk,bhkv->bthv", r.to(after.dtype) * reach, before)
         return (out.to(after.dtype) + share).to(out.dtype), torch.addcmul(after, decay, before)
+
+
+def _refuse_state(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], _output: object) -> None:
+    """After the forward pass, since other hooks before it (those of segments) may have put the state there."""
+    if model.training and (len(args) > 1 or kwargs.get("state") is not None):
+        raise ValueError(
+            "context parallelism begins every row from the initial state: it does not go with a given state, and so"
+            " not with segments"
+        )
 
 
 def _shift(group: Group, mixer: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:

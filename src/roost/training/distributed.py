@@ -28,6 +28,7 @@ from torch.distributed.tensor import DTensor
 from roost.checks import choice
 from roost.data.batch import Batches
 from roost.models.rwkv import RWKV
+from roost.training.config import TrainConfig
 from roost.training.resume import Position, Settings, Trained, checkpoints, restore, save
 from roost.training.sharded_checkpoint import restore_sharded, save_sharded
 
@@ -67,13 +68,19 @@ class _Ranks:
         """Whether this rank writes logs, checkpoints and the model."""
         return self.rank == 0
 
-    def shares(self, data: Batches, accumulate: int) -> Batches:
+    def shares(self, data: Batches, config: TrainConfig) -> Batches:
         """The data: a rank has neighbouring rows."""
         return data
 
     def sum_counts(self, count: int) -> int:
         """The sum over ranks."""
         return int(self.sum_values(torch.tensor(count, dtype=torch.int64)))
+
+    def max_counts(self, count: int) -> int:
+        """The largest over ranks."""
+        largest = torch.tensor(count, dtype=torch.int64, device=self.device)
+        dist.all_reduce(largest, dist.ReduceOp.MAX, group=self.group)
+        return int(largest)
 
     def sum_values(self, values: Tensor) -> Tensor:
         """The elementwise sum over ranks of a small tensor, on its own device."""

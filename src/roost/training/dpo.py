@@ -99,7 +99,7 @@ def reference_logprobs(
     joined = dist.is_available() and dist.is_initialized()
     rank, ranks = (dist.get_rank(), dist.get_world_size()) if joined else (0, 1)
     fingerprint = fingerprint_of(model.config, model.state_dict())
-    digest = str(documents.identity["tokens_digest"])
+    digest = str(documents.identity["data_digest"])
     about = {"kind": KIND, "model": fingerprint, "data": digest, "precision": precision, "normalise": str(normalise)}
     stored = None if path is None else _stored(Path(path), about, len(documents))
     held = torch.tensor(stored is not None, dtype=torch.int32, device=model.device)
@@ -209,14 +209,15 @@ class Dpo:
         self._totals = found if self._totals is None else self._totals + found
         return Sums(loss, loss.detach(), torch.tensor(pairs))
 
-    def figures(self) -> dict[str, float]:
+    def figures(self, total: Callable[[Tensor], Tensor] | None = None) -> dict[str, float]:
         """Means over the pairs seen since the last call: reward margin (in nats, times beta), and accuracy.
 
-        Accuracy is the share of pairs whose margin is above 0. Empty when no pair was seen.
+        Accuracy is the share of pairs whose margin is above 0. Empty when no pair was seen. `total` adds up a tensor
+        over the ranks of a run, so that the means are over the pairs of all; None: those of this process.
         """
         if self._totals is None:
             return {}
-        margin, won, pairs = self._totals.tolist()
+        margin, won, pairs = (total(self._totals) if total else self._totals).tolist()
         self._totals = None
         return {"reward_margin": margin / pairs, "reward_accuracy": won / pairs}
 

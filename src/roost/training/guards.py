@@ -11,6 +11,7 @@ import signal
 import threading
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -74,12 +75,15 @@ def drawing(device: torch.device, seed: int, step: int, part: int) -> Generator[
     mixed = int(np.random.SeedSequence([seed, step, part]).generate_state(1, np.uint64)[0])
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices):
-        torch.manual_seed(mixed)
+        torch.default_generator.manual_seed(mixed)  # torch.manual_seed would seed every GPU, and one is put back
+        if device.type == "cuda":
+            index = torch.cuda.current_device() if device.index is None else device.index
+            torch.cuda.default_generators[index].manual_seed(mixed)
         yield
 
 
 def dump(path: Path, parts: Sequence[Batch], content: dict[str, Any]) -> None:
     """Write the parts of a batch, and what is known of its step, with torch.save. Raises OSError from the disk."""
-    batches = [{"inputs": p.inputs, "targets": p.targets, "cu_seqlens": p.cu_seqlens} for p in parts]
+    batches = [{field.name: getattr(part, field.name) for field in fields(part)} for part in parts]
     with replacing(path) as temporary, disk_errors(path):
         torch.save({**content, "parts": batches}, temporary)

@@ -33,7 +33,7 @@ from roost.training.metrics import Log, Meter, flops_per_token, measured_peak
 from roost.training.optim import learning_rate, optimiser
 from roost.training.reducer import Alone, Reducer
 from roost.training.resume import Position, Trained, tidy
-from roost.training.start import Length, check_run, check_start, length_of, save_model, settings_of
+from roost.training.start import Length, check_packages, check_run, check_start, length_of, save_model, settings_of
 from roost.training.validation import Held, validate_all
 
 LOST = -(2**40)
@@ -103,6 +103,7 @@ def train(
     the log, and so is a directory that vanished; a final model that the disk refuses raises OSError.
     """
     check_run(model, data, config, validation, storable=save_final is None)
+    check_packages(config)
     run = _Run(model, data, config, objective, reduce or Alone(), identity or {})
     out = check_start(config.out, resume=resume)
     with locked(out / ".lock", out) if run.reduce.is_main else nullcontext():
@@ -147,6 +148,7 @@ def _steps(
         step, last = run.position.step, run.position.step == run.length.steps
         meter.tokens, meter.waited = meter.tokens + run.length.tokens, meter.waited + loaded.waited
         if result.skipped:
+            run.figures()  # dropped: the step may have left NaN in them
             run.guard(out, log, result)
         elif step % config.log_every == 0 or last:
             figures = meter.figures()
@@ -156,9 +158,10 @@ def _steps(
         if last or (config.validate_every and step % config.validate_every == 0):
             validating()
             meter.restart()
-        asked = run.agree(signals.caught)
+        asked = run.reduce.max_counts(signals.caught)
         timed = int(time.monotonic() - saved >= 60 * config.save_minutes > 0)
-        if not last and (asked or step % config.save_every == 0 or (config.save_minutes and run.agree(timed))):
+        due = step % config.save_every == 0 or bool(config.save_minutes and run.reduce.max_counts(timed))
+        if not last and (asked or due):
             path = run.save(out, log)
             saved = time.monotonic()
             meter.restart()
@@ -179,10 +182,9 @@ class _Run:
         identity: Mapping[str, int | float | str],
     ) -> None:
         self.model, self.config, self.reduce = model, config, reduce
-        self.data = reduce.shares(data, config.accumulate)
+        self.data = reduce.shares(data, config)
         self.objective: Objective = objective or partial(next_token_sums, l2wrap=config.l2wrap)
         self.count: Callable[[Batch], int] = getattr(self.objective, "count", _targets)
-        self.figures: Callable[[], dict[str, float]] = getattr(self.objective, "figures", dict)
         self.length: Length = length_of(data, config)
         self.position = Position()
         scaler = torch.amp.GradScaler(model.device.type, enabled=config.precision == "fp16")
@@ -201,11 +203,11 @@ class _Run:
         """The learning rate of a step."""
         return learning_rate(step, self.config, self.length.exact)
 
-    def agree(self, value: int) -> int:
-        """The same answer on every rank: `value` of any rank that has one."""
-        if self.reduce.ranks == 1:
-            return value
-        return value if self.reduce.sum_counts(value) == value * self.reduce.ranks else 15  # SIGTERM, for all
+    def figures(self) -> dict[str, float]:
+        """The objective's own, of all ranks since the last call, where finite. Every rank calls it."""
+        ask = getattr(self.objective, "figures", None)
+        found: dict[str, float] = ask(self.reduce.sum_values) if ask else {}
+        return {name: value for name, value in found.items() if isfinite(value)}
 
     def load(self) -> Loaded:
         """What the next step needs of the data. Where one rank fails, all raise ValueError or OSError."""

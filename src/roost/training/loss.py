@@ -34,7 +34,8 @@ class Sums:
 
     loss     () fp32, differentiable: cross-entropy in nats plus every other term of the objective
     entropy  () fp32, detached: cross-entropy alone, in nats; what is reported
-    count    how many targets are not masked; a tensor () on the device, so that nothing waits for it, or an int
+    count    how many targets are not masked; a tensor () on the device, so that nothing waits for it, or an int. The
+             loop divides by what it counts itself, over all parts of a step (see `Objective`)
     """
 
     loss: Tensor
@@ -47,7 +48,8 @@ Objective = Callable[[RWKV, Batch], Sums]
 
 The loop divides by the number of targets >= 0 in the whole step; an objective with another unit (pairs, say) has an
 attribute `count`, a function of one part of the batch that gives the number of units in it. With an attribute
-`figures`, a function without arguments, the numbers it returns by name are part of every log line.
+`figures`, the numbers it returns by name are part of every log line, where finite; it is given a function that adds up
+a small tensor over the ranks, and is called on every rank, also after a skipped step, to forget that one.
 """
 
 

@@ -63,7 +63,7 @@ def across(config: ModelConfig, ranks: int, tokens: int = 4096, parts: int = 1) 
     share = (ranks - 1) / ranks
     activations = activation_bytes(config, tokens, "bf16", recompute=True)
     layer = (P - 2 * config.vocab_size * config.n_embd) / config.n_layer
-    gathered = 4 * (layer * 2 + 2 * config.vocab_size * config.n_embd)
+    gathered = 8 * (layer + 2 * config.vocab_size * config.n_embd)  # weights and gradients, whole: a block, the ends
     return {
         "replica_memory": 16 * P + activations,
         "shard_memory": 16 * P / ranks + gathered + activations,

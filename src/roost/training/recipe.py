@@ -117,6 +117,8 @@ def read_recipe(path: str | os.PathLike[str], overrides: Mapping[str, Any] | Non
         raise ValueError(f"{path}: truncate is {truncate}; it must be a multiple of segment = {segment}")
     if segment and task.task == "dpo":
         raise ValueError(f"{path}: segment does not go with task 'dpo'")
+    if config.compile and (task.task != "pretrain" or given.get("packing") == "documents"):
+        raise ValueError(f"{path}: compile is for windows; packed documents would be compiled anew at every step")
     if not given["data"]:
         raise ValueError(f"{path}: data is empty; name at least one file")
     data = (given["data"],) if isinstance(given["data"], str) else tuple(given["data"])
@@ -134,7 +136,7 @@ def read_recipe(path: str | os.PathLike[str], overrides: Mapping[str, Any] | Non
 
 def _config(numbers: dict[str, Any], model: str, task: TaskConfig, adapter: AdapterConfig | None) -> TrainConfig:
     """The numbers of a run. Only a fresh model that is pretrained begins at TrainConfig's rates."""
-    if adapter is None and task.task == "pretrain" and model in PRESETS:
+    if (adapter is None or adapter.adapter == "full") and task.task == "pretrain" and model in PRESETS:
         return TrainConfig(**numbers)
     kind = adapter.adapter if adapter else "full"
     rates: dict[str, Any] = dict(default_rates(kind, sizes_of(model), preferences=task.task == "dpo"))
@@ -215,6 +217,11 @@ def run_recipe(
     recipe, place = read_recipe(path, overrides), usable_device(device)
     config, adapter = recipe.config, recipe.adapter
     files = open_files(recipe)
+    if recipe.model in PRESETS and adapter and adapter.adapter != "full":
+        raise ValueError(
+            f"{path}: model = {recipe.model!r} is a fresh model of that size, and an adapter needs a trained one: name"
+            " its file (roost convert nestling nestling.pth writes the one that ships)"
+        )
     check_precision(config, place)
     out = check_start(config.out, resume=resume)
     check_packages(config)
@@ -226,7 +233,7 @@ def run_recipe(
     adapted = prepare_model(model, adapter, seed=config.seed) if adapter else None
     if adapter:
         identity.update(adapter.identity)
-    whole_model = adapted is None or adapter is None or adapter.adapter == "full"
+    save_final = None if adapted is None or adapted.config.adapter == "full" else adapted.save_final
     reducer = reduce(model) if reduce else None
     if isinstance(data, (SftLoader, PairLoader)) and (reducer is None or reducer.is_main):
         _write_report(out / "data.json", recipe.data, data)
@@ -238,7 +245,7 @@ def run_recipe(
         objective=_segmented(objective, recipe),
         validation=files.validation,
         sample=prompted if recipe.sample else None,
-        save_final=None if whole_model or adapted is None else adapted.save_final,
+        save_final=save_final,
         reduce=reducer,
         identity=identity,
         resume=resume,

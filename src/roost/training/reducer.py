@@ -13,6 +13,7 @@ from typing import Protocol
 from torch import Tensor, nn
 
 from roost.data.batch import Batches
+from roost.training.config import TrainConfig
 from roost.training.resume import Position, Settings, Trained, restore, save
 
 
@@ -34,12 +35,19 @@ class Reducer(Protocol):
         """Whether this rank writes logs, checkpoints and the model."""
         ...
 
-    def shares(self, data: Batches, accumulate: int) -> Batches:
-        """What the loop takes this rank's `accumulate` shares of `ranks * accumulate` from: `data`, or a cut of it."""
+    def shares(self, data: Batches, config: TrainConfig) -> Batches:
+        """What the loop takes this rank's `accumulate` shares of `ranks * accumulate` from: `data`, or a cut of it.
+
+        Raises ValueError for a run that these ranks cannot make.
+        """
         ...
 
     def sum_counts(self, count: int) -> int:
         """The sum over ranks."""
+        ...
+
+    def max_counts(self, count: int) -> int:
+        """The largest over ranks."""
         ...
 
     def sum_values(self, values: Tensor) -> Tensor:
@@ -72,11 +80,15 @@ class Alone:
 
     rank, ranks, is_main = 0, 1, True
 
-    def shares(self, data: Batches, accumulate: int) -> Batches:
+    def shares(self, data: Batches, config: TrainConfig) -> Batches:
         """The data."""
         return data
 
     def sum_counts(self, count: int) -> int:
+        """The count."""
+        return count
+
+    def max_counts(self, count: int) -> int:
         """The count."""
         return count
 

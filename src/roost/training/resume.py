@@ -76,6 +76,7 @@ def save(out: Path, position: Position, trained: Trained, settings: Settings, ke
         "settings": dict(settings),
         "model": {name: value.detach() for name, value in trained.parameters().items()},
         "optimiser": trained.optimiser.state_dict(),
+        "moments": len(trained.optimiser.state),
         "scaler": trained.scaler.state_dict(),
     }
     out.mkdir(parents=True, exist_ok=True)
@@ -94,6 +95,12 @@ def same_settings(path: Path, stored: Settings, settings: Settings) -> None:
             raise ValueError(
                 f"{path} was trained with {name} = {stored.get(name)}, not {settings.get(name)}: a resume keeps it"
             )
+
+
+def damaged(saved: list[Path], error: Exception) -> ValueError:
+    """What to say when the newest of these checkpoints cannot be read."""
+    before = f"; the run then goes on from {saved[-2].name}" if len(saved) > 1 else "; the run then starts anew"
+    return ValueError(f"{saved[-1]} is damaged: delete it{before} ({error})")
 
 
 def restore(out: Path, trained: Trained, settings: Settings) -> Position:
@@ -130,13 +137,12 @@ def _load(saved: list[Path], trained: Trained, settings: Settings) -> Position:
         if {name: value.shape for name, value in weights.items()} != {n: p.shape for n, p in parameters.items()}:
             odd = sorted(weights.keys() ^ parameters.keys()) or ["a shape"]
             raise ValueError(f"{path} holds other trained parameters than this run: {odd[0]} differs")
-        if position.step > position.bad and len(moments["state"]) != len(parameters):
+        if len(moments["state"]) != content["moments"]:
             raise RuntimeError("the optimiser's moments are not in it")
         trained.optimiser.load_state_dict(moments)
         trained.scaler.load_state_dict(scale)
     except (*_UNREADABLE, pickle.UnpicklingError) as error:
-        before = f"; the run then goes on from {saved[-2].name}" if len(saved) > 1 else "; the run then starts anew"
-        raise ValueError(f"{path} is damaged: delete it{before} ({error})") from error
+        raise damaged(saved, error) from error
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(weights[name])

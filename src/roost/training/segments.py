@@ -39,7 +39,8 @@ def segmented_sums(
     segment    tokens per segment; rows that are not longer are read as they are
     truncate   None: exact gradients. Otherwise the carried state is detached every so many tokens, a multiple of
                `segment`; the loss keeps the value it had, since the state itself is always carried
-    objective  reads the model once, as `model(inputs, cu_seqlens=..., ...)`; dropout is drawn again as it was
+    objective  sums over tokens; reads the model once, as `model(inputs, cu_seqlens=..., ...)`; dropout is drawn again
+               as it was
 
     `loss.backward()` adds to `.grad` of whatever requires it and may be called once; torch.autograd.grad sees nothing.
     Packed documents (cu_seqlens) may lie across borders. Raises ValueError for sizes that do not fit, and for an
@@ -48,6 +49,8 @@ def segmented_sums(
     segment = whole("segment", segment, 1)
     if truncate is not None and whole("truncate", truncate, 1) % segment:
         raise ValueError(f"truncate is {truncate}; it must be a multiple of segment = {segment}")
+    if hasattr(objective, "count"):
+        raise ValueError("the objective counts in its own unit, not in tokens: segments are for sums over tokens")
     if batch.inputs.shape[1] <= segment:
         return objective(model, batch)
     run = _Run(model, objective, _cut(batch, segment), None if truncate is None else truncate // segment)

@@ -22,7 +22,7 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from roost.files import replacing
-from roost.training.resume import UNFINISHED, Position, Settings, Trained, checkpoints, same_settings
+from roost.training.resume import UNFINISHED, Position, Settings, Trained, checkpoints, damaged, same_settings
 
 OnMain = Callable[[Callable[[], Path]], Path]
 """Calls a function on the main rank and returns its answer, or raises its error, on every rank."""
@@ -75,13 +75,13 @@ def restore_sharded(out: Path, trained: Trained, settings: Settings) -> Position
         stored, position = content["settings"], Position(content["step"], content["bad"])
         names = FileSystemReader(path).read_metadata().state_dict_metadata.keys()
     except (OSError, ValueError, KeyError, TypeError, EOFError) as error:
-        raise ValueError(f"{path} is damaged: delete it, and the run goes on from the one before ({error})") from error
+        raise damaged(saved, error) from error
     same_settings(path, stored, settings)
     parameters = trained.parameters()
     odd = sorted({f"model.{name}" for name in parameters} ^ {name for name in names if name.startswith("model.")})
     if odd:
         raise ValueError(f"{path} holds other trained parameters than this run: {odd[0]} differs")
-    _load(path, trained, parameters, list(names))
+    _load(saved, trained, parameters, list(names))
     trained.scaler.load_state_dict(content["scaler"])
     return position
 
@@ -95,7 +95,7 @@ def _tensors(trained: Trained) -> dict[str, Tensor]:
     return tensors
 
 
-def _load(path: Path, trained: Trained, parameters: dict[str, torch.nn.Parameter], names: list[str]) -> None:
+def _load(saved: list[Path], trained: Trained, parameters: dict[str, torch.nn.Parameter], names: list[str]) -> None:
     tensors: dict[str, Tensor] = {}
     for name in names:
         kind, _, rest = name.partition(".")
@@ -107,6 +107,6 @@ def _load(path: Path, trained: Trained, parameters: dict[str, torch.nn.Parameter
         value = torch.zeros((), device=parameter.device) if key == "step" else torch.zeros_like(parameter).detach()
         tensors[name] = trained.optimiser.state[parameter][key] = value
     try:
-        load(tensors, checkpoint_id=path)
-    except CheckpointException as error:
-        raise ValueError(f"{path} is damaged: delete it, and the run goes on from the one before ({error})") from error
+        load(tensors, checkpoint_id=saved[-1])
+    except CheckpointException as error:  # no Exception: it holds those of all ranks
+        raise damaged(saved, RuntimeError(error)) from error

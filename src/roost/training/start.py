@@ -33,8 +33,10 @@ class Length(NamedTuple):
 
 
 def length_of(data: Batches, config: TrainConfig) -> Length:
-    """How long a run is. Raises ValueError for epochs of data that has neither `steps_per_epoch` nor
-    `windows` and `batch`, and for an empty batch."""
+    """How long a run is.
+
+    Raises ValueError for epochs of data that has no `windows` and `batch`, and for an empty batch.
+    """
     tokens = float(getattr(data, "tokens_per_step", 0) or data.batch_at(0).inputs.numel())
     if tokens == 0:
         raise ValueError("the first batch of the data is empty")
@@ -43,11 +45,9 @@ def length_of(data: Batches, config: TrainConfig) -> Length:
     if config.tokens:
         return _length(config.tokens / tokens, tokens)
     windows, batch = getattr(data, "windows", None), getattr(data, "batch", None)
-    epoch = windows / batch if windows and batch else None
-    epoch = getattr(data, "steps_per_epoch", epoch)
-    if epoch is None:
+    if not windows or not batch:
         raise ValueError(f"epochs = {config.epochs:g}, but this data does not know its length: give steps or tokens")
-    return _length(config.epochs * float(epoch), tokens)
+    return _length(config.epochs * (windows / batch), tokens)
 
 
 def _length(exact: float, tokens: float) -> Length:
@@ -103,9 +103,10 @@ def check_start(out: str, *, resume: bool) -> Path:
     except (FileExistsError, NotADirectoryError):
         raise ValueError(f"out is {out}, which is not a directory") from None
     trace = trace_of_a_run(path)
-    if trace and not resume:
+    finished = trace is not None and trace.name in FINAL
+    if trace and not resume and not finished:
         raise ValueError(f"{path} already holds a run ({trace.name}): resume it, or choose another directory")
-    if trace and trace.name in FINAL:
+    if trace and finished:
         raise ValueError(
             f"{path} holds a finished run ({trace.name}) and no checkpoint, so there is nothing to resume: choose"
             " another directory"
@@ -118,7 +119,12 @@ def settings_of(model: RWKV, data: Batches, config: TrainConfig, identity: Mappi
     numbers = {name: value for name, value in asdict(config).items() if name not in FREE}
     frozen = {name: value for name, value in model.named_parameters() if not value.requires_grad}
     base = {"frozen_weights": fingerprint_of(model.config, frozen)[:16]} if frozen else {}
-    settings = {**numbers, **asdict(model.config), **base, **identity, **data.identity}
+    groups = (numbers, asdict(model.config), base, identity, data.identity)
+    settings = {name: value for group in groups for name, value in group.items()}
+    if len(settings) < sum(map(len, groups)):
+        names = [name for group in groups for name in group]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"two parts of the run have a setting called {twice}: give the identity another name")
     for name, value in settings.items():
         if type(value) not in (int, float, str, bool):  # a checkpoint holds plain values only
             raise ValueError(
