@@ -13,7 +13,7 @@ from pytest import approx
 from safetensors import safe_open
 
 from corpora import made
-from roost import load
+from roost import PRESETS, RWKV, load
 from roost.cli import main
 from roost.data.binidx import write_tokens
 from roost.data.prepare import prepare
@@ -153,7 +153,7 @@ def test_keys_reach_the_run(name: str, tmp_path: Path, corpus: Path, monkeypatch
     monkeypatch.setattr(recipe_module, "segmented_sums", segmented)
     short = {"steps": 2, "peak_flops": 1.0, "valid": [], **({"data": str(text)} if record else {})}
     if keys["adapter"] != "full":
-        with pytest.raises(ValueError, match="'finch-tiny' is a fresh model of that size, and an adapter needs a trained"):
+        with pytest.raises(ValueError, match="'finch-tiny' is a fresh model of that size, and an adapter needs"):
             run_recipe(path, {**short, **keys})
         RWKV(PRESETS["finch-tiny"]).save(tmp_path / "base.pth")
         short["model"] = str(tmp_path / "base.pth")

@@ -32,7 +32,8 @@ def test_any_trace_of_a_run_protects_it(tmp_path: Path, name: str) -> None:
         (tmp_path / other).touch()
     assert trace_of_a_run(tmp_path) is None
     (tmp_path / name).touch()
-    with pytest.raises(ValueError, match="holds a finished run" if name in FINAL else f"holds a run \\({name}\\): resume"):
+    holds = "a finished run" if name in FINAL else f"a run \\({name}\\): resume it"
+    with pytest.raises(ValueError, match=f"holds {holds}"):
         check_start(str(tmp_path), resume=False)
     if name in FINAL:  # or it would be overwritten
         with pytest.raises(ValueError, match=f"holds a finished run \\({name}\\) and no checkpoint"):

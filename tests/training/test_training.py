@@ -161,7 +161,7 @@ def test_a_short_finished_run_is_not_overwritten(tmp_path: Path, corpus: Path) -
     short = config(tmp_path / "run", steps=2)
     final = train(RWKV(PRESETS["finch-tiny"]), TokenLoader(corpus, 32, 4), short)
     before = final.read_bytes()
-    with pytest.raises(ValueError, match="already holds a run"):
+    with pytest.raises(ValueError, match="holds a finished run"):
         train(RWKV(PRESETS["finch-tiny"], seed=1), TokenLoader(corpus, 32, 4), short)
     assert final.read_bytes() == before and len(losses(tmp_path / "run")) == 2
 

@@ -77,7 +77,7 @@ def drawing(device: torch.device, seed: int, step: int, part: int) -> Generator[
     with torch.random.fork_rng(devices):
         torch.default_generator.manual_seed(mixed)  # torch.manual_seed would seed every GPU, and one is put back
         if device.type == "cuda":
-            index = torch.cuda.current_device() if device.index is None else device.index
+            index = torch.cuda.current_device() if device.index is None else device.index  # pyright: ignore[reportUnnecessaryComparison]
             torch.cuda.default_generators[index].manual_seed(mixed)
         yield
 
