@@ -63,6 +63,12 @@ def unchecked() -> Iterator[None]:
     config.update("jaxtyping_disable", False)
 
 
+@pytest.fixture(autouse=True)
+def heap_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`roost train` in this process must not set the allocator for all tests: some measure memory."""
+    monkeypatch.setattr("roost.training.heap.keep_freed_memory", lambda: False)
+
+
 @pytest.fixture(autouse=True, scope="session")
 def only_loopback() -> Iterator[None]:
     """Any connection that would leave the machine raises."""

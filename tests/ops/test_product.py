@@ -56,3 +56,12 @@ def test_torch_multiplies_what_is_not_fp32_on_a_cpu(monkeypatch: pytest.MonkeyPa
         with torch.autocast("cpu", torch.bfloat16):
             assert product.linear(x, weight).dtype == torch.bfloat16
     assert not taken
+
+
+def test_the_answer_may_be_changed_in_place() -> None:
+    x, weight = torch.randn(2, 16, 8, requires_grad=True), torch.randn(4, 8, requires_grad=True)
+    y = product.linear(x, weight)
+    y[:, 0] = 0.0
+    y[:, 1].add_(1)
+    y.sum().backward()
+    assert x.grad is not None and not x.grad[:, 0].any() and x.grad[:, 1].any()
