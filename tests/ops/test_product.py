@@ -65,3 +65,10 @@ def test_the_answer_may_be_changed_in_place() -> None:
     y[:, 1].add_(1)
     y.sum().backward()
     assert x.grad is not None and not x.grad[:, 0].any() and x.grad[:, 1].any()
+
+
+def test_functional_gradients() -> None:
+    x, weight = torch.randn(32, 8), torch.randn(4, 8, requires_grad=True)
+    found = torch.func.grad(lambda w: product.linear(x, w).square().sum())(weight.detach())
+    (wanted,) = torch.autograd.grad(F.linear(x, weight).square().sum(), weight)
+    torch.testing.assert_close(found, wanted)

@@ -47,9 +47,12 @@ class _Linear(torch.autograd.Function):
     """y = x W^T of matrices; dL/dx = dL/dy W; dL/dW = (dL/dy)^T x, with the smaller side of W as rows: faster so."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
-        ctx.save_for_backward(x, weight)
+    def forward(x: Tensor, weight: Tensor) -> Tensor:  # without ctx, so that torch.func.grad works too
         return _product(x, weight.t())
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
 
     @staticmethod
     @once_differentiable
